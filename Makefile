@@ -53,7 +53,7 @@ clean: ## remove the virtual environment, caches and build logs
 
 $(STAMPS)/venv:
 	@if [ -z "$(PYTHON)" ]; then \
-		echo "keepwarm needs Python 3.11 or newer; python3 here is: $$(python3 --version 2>&1 || echo none)." >&2; \
+		echo "keepwarm needs Python 3.11 or newer; python3 here is: $$(python3 --version 2>/dev/null || echo none)." >&2; \
 		echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12" >&2; \
 		exit 1; fi
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { \

@@ -84,7 +84,7 @@ def test_class_names_say_what_it_is(path: Path) -> None:
     assert not vague, f"{shown(path)}: {vague}: use the domain's noun"
 
 
-@python
+@pytest.mark.parametrize("path", python_files("keepwarm", "scripts", "bench"), ids=shown)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(parsed(path)), f"{shown(path)} has no module docstring"
 
