@@ -1,0 +1,127 @@
+"""The OpenAPI document describes what the dialects really accept and send."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from keepwarm.dialects.caching import CacheListReply, CacheReply, NewCacheRequest
+from keepwarm.dialects.kimi import KimiChatCompletionRequest
+from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
+from keepwarm.dialects.openai_error import ErrorBody
+from keepwarm.dialects.openai_request import ChatCompletionRequest
+from keepwarm.dialects.openapi import Param, Route, openapi
+from tests.golden.transcripts import HERE
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        "Chat",
+        request=KimiChatCompletionRequest,
+        response=ChatCompletion,
+        events=ChatCompletionChunk,
+        errors=ErrorBody,
+        params=(Param("X-Msh-Context-Cache", "Id of a cache object", where="header"),),
+        tags=("chat",),
+    ),
+    Route("POST", "/openai/v1/chat/completions", "Chat", request=ChatCompletionRequest, response=ChatCompletion),
+    Route("POST", "/v1/caching", "Create", request=NewCacheRequest, response=CacheReply, errors=ErrorBody),
+    Route(
+        "GET",
+        "/v1/caching",
+        "List",
+        response=CacheListReply,
+        params=(Param("limit", "Page size", int), Param("metadata", "Must all match", dict[str, str], deep=True)),
+    ),
+    Route("GET", "/v1/caching/{cache_id}", "Get", response=CacheReply),
+    Route("GET", "/health", "Health", needs_key=False),
+)
+
+
+def document() -> dict[str, Any]:
+    return json.loads(openapi(ROUTES, title="Keepwarm", version="1"))
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}", "components": document()["components"]}
+
+
+def test_every_route_is_there() -> None:
+    paths = document()["paths"]
+    assert {(method, path) for path, methods in paths.items() for method in methods} == {
+        (route.method.lower(), route.path) for route in ROUTES
+    }
+    ids = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len(ids) == len(set(ids))
+
+
+def test_parameters() -> None:
+    paths = document()["paths"]
+    (cache_id,) = paths["/v1/caching/{cache_id}"]["get"]["parameters"]
+    assert (cache_id["name"], cache_id["in"], cache_id["required"]) == ("cache_id", "path", True)
+    limit, metadata = paths["/v1/caching"]["get"]["parameters"]
+    assert limit["schema"] == {"type": "integer"}
+    assert metadata["style"] == "deepObject"
+    assert paths["/v1/chat/completions"]["post"]["parameters"][0]["in"] == "header"
+
+
+def test_streaming_and_errors_are_described() -> None:
+    responses = document()["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert responses["default"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+def test_health_needs_no_key() -> None:
+    paths = document()["paths"]
+    assert paths["/health"]["get"]["security"] == []
+    assert paths["/v1/caching"]["get"]["security"] == [{"bearer": []}]
+
+
+def test_all_references_resolve() -> None:
+    text = openapi(ROUTES, title="Keepwarm", version="1").decode()
+    schemas = json.loads(text)["components"]["schemas"]
+    references = {part.split('"')[0] for part in text.split('"#/components/schemas/')[1:]}
+    assert references
+    assert references <= set(schemas)
+    for schema in schemas.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_same_routes_same_bytes() -> None:
+    assert openapi(ROUTES, title="K", version="1") == openapi(ROUTES, title="K", version="1")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((HERE / "answers").glob("*/*.http")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_stored_answers_fit_the_document(path: Path) -> None:
+    head, _, body = path.read_text(encoding="utf-8").partition("\n\n")
+    name = "ChatCompletion" if head.startswith("200") else "ErrorBody"
+    jsonschema.validate(json.loads(body), schema_of(name))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((HERE / "answers").glob("*/*.sse")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_stored_frames_fit_the_document(path: Path) -> None:
+    for frame in path.read_text(encoding="utf-8").split("\n\n")[:-1]:
+        data = frame.removeprefix("data: ")
+        if data != "[DONE]":
+            value = json.loads(data)
+            jsonschema.validate(value, schema_of("ErrorBody" if "error" in value else "ChatCompletionChunk"))
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "requests").glob("*.json")), ids=lambda path: path.stem)
+def test_accepted_requests_fit_the_document(path: Path) -> None:
+    case = json.loads(path.read_text(encoding="utf-8"))
+    for dialect, name in (("openai", "ChatCompletionRequest"), ("kimi", "KimiChatCompletionRequest")):
+        if "request" in case["expect"][dialect]:
+            jsonschema.validate(case["body"], schema_of(name))
+
+
+def test_stored_objects_fit_the_document() -> None:
+    listed = json.loads((HERE / "caching" / "objects.json").read_text(encoding="utf-8"))["expect"]
+    jsonschema.validate(listed, schema_of("CacheListReply"))
