@@ -1,13 +1,21 @@
 """The docs are complete and true where a machine can tell: everything a user can meet is in them, nothing in them is stale."""
 
+import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
+import httpx
 import msgspec
 import pytest
+import structlog
 
 from keepwarm.config import CacheConfig, Config, Limits, ModelConfig
+from keepwarm.core.clock import RandomIds, SystemClock
 from keepwarm.core.errors import ErrorKind
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.server.endpoints import Services
+from keepwarm.server.routes import application
 from scripts.generated import PART, PARTS, ROOT, amount, documents, rewrite, unit
 
 DOCUMENTS = documents()
@@ -103,6 +111,30 @@ def test_bounds_are_documented(field: msgspec.structs.FieldInfo) -> None:
 @pytest.mark.parametrize("kind", ErrorKind, ids=lambda kind: kind.value)
 def test_every_error_is_in_every_dialects_table(kind: ErrorKind, path: Path) -> None:
     assert f"| `{kind.value}` |" in path.read_text(encoding="utf-8"), f"{shown(path)} says nothing of {kind.value}"
+
+
+async def openapi_document() -> dict[str, Any]:
+    """The document as the server gives it. No call behind it is made, so no service is there."""
+    absent: Any = None
+    runtime = Runtime(SystemClock(), RandomIds(), structlog.get_logger(), absent)
+    services = Services(Config(dev=True), absent, absent, absent, absent, absent, runtime, created_at=0)
+    transport = httpx.ASGITransport(app=application(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://keepwarm") as client:
+        reply = await client.get("/openapi.json")
+    return dict(reply.json())
+
+
+def test_every_route_is_documented() -> None:
+    lines = [line for path in DOCUMENTS for line in path.read_text(encoding="utf-8").splitlines()]
+    document = asyncio.run(openapi_document())
+    calls = [(method.upper(), path) for path, operations in document["paths"].items() for method in operations]
+    missing = [
+        f"{method} {path}"
+        for method, path in [*calls, ("GET", "/openapi.json"), ("GET", "/docs")]
+        if not any(re.search(rf"{re.escape(path)}(?![\w/{{])", line) and method in line for line in lines)
+    ]
+    assert len(calls) > 10
+    assert not missing, f"routes that the docs do not name: {missing}"
 
 
 def test_the_commands_of_the_readme_are_targets_and_what_ci_runs() -> None:
