@@ -1,0 +1,154 @@
+"""All configuration: TOML and command line into one frozen `Config`, read once, handed down in pieces.
+
+Every bound of the system is a field here with its unit in the name and a word on why this value; the docs' table of
+bounds is checked against `Limits` (tests/test_docs.py). Nothing else reads the environment.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import psutil
+from msgspec import Struct
+
+PACKAGED_MODEL = "smollm2-135m-instruct"
+PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that those run unchanged
+    "moonshot-v1",
+    "moonshot-v1-8k",
+    "moonshot-v1-32k",
+    "moonshot-v1-128k",
+    "MiniMax-M2.1",
+    "gemini-1.5-flash-001",
+)
+MIB = 1024 * 1024
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message is one line that says what to do."""
+
+
+class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The model served. `path` None is the packaged one. `n_ctx` None is the context it was trained with."""
+
+    name: str = PACKAGED_MODEL
+    aliases: tuple[str, ...] = PACKAGED_ALIASES
+    path: str | None = None
+    prepare: str = "auto"  # "auto" (packaged model only) | "off" | a weight type such as "Q4_0"
+    attention: Literal["auto", "flash", "plain"] = "auto"
+    determinism: Literal["auto", "strict", "fast"] = "auto"
+    n_ctx: int | None = None
+    n_streams: int = 8
+    n_ubatch: int = 512  # rows llama.cpp evaluates at once; also the longest prefill chunk
+    n_threads: int | None = None  # None: the machine's cores
+    engine: Literal["llama", "scripted"] = "llama"
+
+
+class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The prefix store and cache objects."""
+
+    host_bytes: int | None = None  # None: a quarter of RAM
+    auto_tokens_min: int = 512  # automatic reuse from this prompt length on, as MiniMax documents it
+    default_ttl_s: int = 3600  # Kimi's 2025 default; the 2024 edition says a day
+    ttl_max_s: int = 86400  # Kimi's page says an hour, its own examples reset to a day
+    object_tokens_max: int = 128_000  # Kimi's limit for one cache
+    tenant_tokens_max: int = 1_000_000  # Kimi's limit for all caches of a user
+    settle: Literal["auto", "always", "off"] = "auto"  # re-evaluate a conversation's tail while idle
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds on everything a client or a fault could make grow."""
+
+    body_bytes_max: int = 16 * MIB  # a 128k-token prompt is about 0.6 MB of text; documents and tools come on top
+    header_bytes_max: int = 32 * 1024
+    body_read_s_max: float = 60.0
+    keep_alive_s: int = 75
+    turns_max: int = 64  # running and queued; the next one gets 429 before any work
+    turns_per_tenant_max: int = 48  # so that one tenant cannot fill the queue alone
+    turn_s_max: float = 600.0  # a turn still running then ends with a timeout error
+    connections_max: int = 1024
+    stop_strings_max: int = 16
+    stop_bytes_max: int = 256
+    tools_max: int = 128
+    messages_max: int = 4096
+    choices_max: int = 5
+    top_logprobs_max: int = 20
+    schema_bytes_max: int = 64 * 1024
+    name_chars_max: int = 256
+    description_chars_max: int = 512
+    metadata_pairs_max: int = 16
+    metadata_key_chars_max: int = 64
+    metadata_value_chars_max: int = 512
+    tag_chars_max: int = 128
+    tags_per_object_max: int = 32
+    objects_per_tenant_max: int = 1000
+    list_page_max: int = 1000
+    max_tokens_default: int = 1024  # Kimi's default
+    prefill_delay_ms_max: float = 250.0  # the longest a prefill chunk may keep others' next token waiting
+    event_queue_max: int = 4096  # events of one turn waiting for a slow client; then the turn is cancelled
+    fragment_cache_bytes: int = 64 * MIB  # token ids of text already seen, so a long context is not tokenised again
+    engine_start_s_max: float = 900.0  # loading, preparing and measuring a large model
+    engine_stall_s_max: float = 120.0  # an engine with turns and no word for this long is restarted
+    engine_restart_delay_s_max: float = 30.0  # back-off between restarts doubles up to this
+    sse_comment_s: float = 15.0  # a comment line this often while nothing else is sent, so proxies keep the connection
+    db_busy_s_max: float = 10.0
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything the server needs to know, checked."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    data_dir: str = ""
+    dev: bool = False
+    log_format: Literal["auto", "console", "json"] = "auto"
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    limits: Limits = Limits()
+
+    def host_bytes(self) -> int:
+        """Budget of the host-RAM tier in bytes."""
+        return self.cache.host_bytes or psutil.virtual_memory().total // 4
+
+    def n_threads(self) -> int:
+        """Threads llama.cpp computes with."""
+        return self.model.n_threads or os.cpu_count() or 1
+
+
+def default_data_dir() -> str:
+    """$KEEPWARM_DATA_DIR, else $XDG_DATA_HOME/keepwarm, else ~/.local/share/keepwarm."""
+    named = os.environ.get("KEEPWARM_DATA_DIR")
+    if named:
+        return named
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return str(Path(base) / "keepwarm")
+
+
+def load(path: str | None, overrides: dict[str, Any]) -> Config:
+    """The file at `path` (or nothing) with `overrides` from the command line on top: {"port": 1, "model": {…}}.
+
+    Raises ConfigError.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise ConfigError(f"cannot read config {path}: {exc.strerror}") from exc
+        except tomllib.TOMLDecodeError as exc:
+            raise ConfigError(f"config {path} is not valid TOML: {exc}") from exc
+    for key, value in overrides.items():
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+    raw.setdefault("data_dir", default_data_dir())
+    model = raw.get("model", {})
+    if model.get("path") is not None and "name" not in model:
+        model = {"name": Path(model["path"]).stem, "aliases": [], "prepare": "off", **model}
+        raw["model"] = model
+    try:
+        config = msgspec.convert(raw, Config)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"config {path or 'on the command line'}: {exc}") from exc
+    if config.dev and config.host not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigError(f"--dev accepts any key, so it binds loopback only; remove --host {config.host} or --dev")
+    return config

@@ -1,0 +1,119 @@
+"""Cache objects: named prefixes with a lifetime, and the one table of their statuses.
+
+The status words are Kimi's (its 2024-06 document): pending → ready | error, ready → inactive at expiry, and any update
+goes through pending again. docs/api/kimi.md's diagram is generated from `TRANSITIONS` (tests/test_docs.py compares).
+Expiry is decided by the clock at look-up (`effective_status`); no sweeper has to have run.
+"""
+
+from enum import Enum
+
+from msgspec import Struct
+
+from keepwarm.core.request import Message, Tool
+
+
+class ObjectStatus(Enum):
+    """Stored status; `INACTIVE` means expired."""
+
+    PENDING = "pending"
+    READY = "ready"
+    ERROR = "error"
+    INACTIVE = "inactive"
+
+
+class Cause(Enum):
+    """Why an object changes its status."""
+
+    COMPUTED = "computed"  # the prefix is resident and pinned
+    FAILED = "failed"  # it cannot be: `error` says why
+    EXPIRED = "expired"
+    UPDATED = "updated"  # PUT, or reset_ttl on use
+    ENGINE_LOST = "engine_lost"  # the engine restarted: rebuilt from the stored messages
+
+
+TRANSITIONS: dict[tuple[ObjectStatus, Cause], ObjectStatus] = {
+    (ObjectStatus.PENDING, Cause.COMPUTED): ObjectStatus.READY,
+    (ObjectStatus.PENDING, Cause.FAILED): ObjectStatus.ERROR,
+    (ObjectStatus.PENDING, Cause.EXPIRED): ObjectStatus.INACTIVE,
+    (ObjectStatus.PENDING, Cause.UPDATED): ObjectStatus.PENDING,
+    (ObjectStatus.PENDING, Cause.ENGINE_LOST): ObjectStatus.PENDING,
+    (ObjectStatus.READY, Cause.EXPIRED): ObjectStatus.INACTIVE,
+    (ObjectStatus.READY, Cause.UPDATED): ObjectStatus.PENDING,
+    (ObjectStatus.READY, Cause.ENGINE_LOST): ObjectStatus.PENDING,
+    (ObjectStatus.ERROR, Cause.UPDATED): ObjectStatus.PENDING,
+    (ObjectStatus.INACTIVE, Cause.UPDATED): ObjectStatus.PENDING,
+}
+
+
+def next_status(status: ObjectStatus, cause: Cause) -> ObjectStatus | None:
+    """The status after `cause`, or None when the cause means nothing in this status (a late answer, say)."""
+    return TRANSITIONS.get((status, cause))
+
+
+class CacheObject(Struct, frozen=True):
+    """A cache object as stored. Times in unix seconds; `n_tokens` is the length of its stable token prefix.
+
+    `generation` grows with every update, so a computation that was started for an older one is not taken for this one.
+    """
+
+    id: str
+    tenant: str
+    model: str
+    status: ObjectStatus
+    created_at: int
+    expires_at: int
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
+    n_tokens: int
+    name: str = ""
+    description: str = ""
+    metadata: tuple[tuple[str, str], ...] | None = None
+    error: str | None = None
+    generation: int = 0
+
+    def effective_status(self, now: float) -> ObjectStatus:
+        """The status a client is told at `now`: past `expires_at`, pending and ready objects are inactive."""
+        if now >= self.expires_at:
+            return next_status(self.status, Cause.EXPIRED) or self.status
+        return self.status
+
+
+class Tag(Struct, frozen=True):
+    """A re-bindable name of an object, unique per tenant."""
+
+    tag: str
+    tenant: str
+    object_id: str
+    created_at: int
+
+
+class Page(Struct, frozen=True):
+    """A list query. `after` and `before` are exclusive ids (or tag names) in the order of the list."""
+
+    limit: int = 20
+    descending: bool = True
+    after: str | None = None
+    before: str | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class NewObject(Struct, frozen=True):
+    """A create request. `expires_at` and `ttl_s` are both None for the default lifetime; never both set."""
+
+    model: str
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    name: str = ""
+    description: str = ""
+    metadata: tuple[tuple[str, str], ...] | None = None
+    tags: tuple[str, ...] = ()
+    expires_at: int | None = None
+    ttl_s: int | None = None
+
+
+class ObjectUpdate(Struct, frozen=True):
+    """An update request; None leaves a member as it is."""
+
+    metadata: tuple[tuple[str, str], ...] | None = None
+    expires_at: int | None = None
+    ttl_s: int | None = None
