@@ -1,0 +1,1 @@
+"""The database's revisions, in versions/. Applied by `keepwarm.storage` at every start; nobody runs Alembic by hand."""
