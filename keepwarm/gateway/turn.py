@@ -1,0 +1,278 @@
+"""The story of one turn, from an authenticated request to its one terminal event:
+
+    admission permit → cache object → render → engine.lease → planner → engine.run(plan) → events
+
+Every step that takes something is a context manager, so all of it is back before the reader sees the terminal event,
+and on error, cancellation and timeout just the same. The reader and the turn are separate tasks: a slow or vanished
+client never holds the engine. Non-streamed answers are the same events, collected.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from msgspec.structs import replace
+
+from keepwarm.cache.planner import plan_turn
+from keepwarm.cache.render import Built
+from keepwarm.config import Config
+from keepwarm.core.cache_object import CacheObject, ObjectStatus, ObjectUpdate
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, Usage
+from keepwarm.core.prompt import OutputRules
+from keepwarm.core.request import ChatRequest
+from keepwarm.engine import Engine
+from keepwarm.gateway.admission import Admission
+from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.object_use import use_object
+from keepwarm.gateway.phases import Phases
+from keepwarm.gateway.rendering import Rendering
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.settling import AnswerText, Conversation, Settling
+from keepwarm.gateway.stream import Choices, EventStream, closing, internal_error
+from keepwarm.gateway.window import ready_model
+from keepwarm.telemetry import where
+
+
+class RunFailed(Exception):
+    """A run of the engine ended in `Failed`."""
+
+    def __init__(self, event: Failed) -> None:
+        super().__init__(event.message)
+        self.error = ApiError(event.kind, event.message, retry_after_s=event.retry_after_s)
+        self.usage = event.usage
+
+
+class Turn:
+    """One request and its answer, as its reader sees it: `begin`, then `batch` until `terminal` is there."""
+
+    def __init__(self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, events_max: int) -> None:
+        self.turn_id = turn_id
+        self.tenant = tenant
+        self.request = request
+        self.phases = phases
+        self.stream = EventStream(events_max)
+        self.object: CacheObject | None = None  # the cache object in use, if one applies
+        self.object_status: ObjectStatus | None = None  # when the turn began
+        self.n_tokens_saved = 0  # of the object, by this turn
+        self.answer = AnswerText()
+        self._task: asyncio.Task[None] | None = None
+        self._cause = ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+
+    def start(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+        task.add_done_callback(self._ended)
+
+    def cancel(self, cause: ApiError | None = None) -> None:
+        """End the turn within one step; its terminal event tells the cause (by default: the client went away)."""
+        assert self._task is not None
+        if cause is not None:
+            self._cause = cause
+        self._task.cancel()
+
+    def take(self, event: Event) -> None:
+        """Pass an event of the answer on to the reader. Raises ApiError(TIMEOUT) when that one is too far behind."""
+        if isinstance(event, Started) and self.object is not None:
+            self.n_tokens_saved = min(event.cache_read, self.object.n_tokens)
+        self.answer.feed(event)
+        self.stream.emit(event)
+
+    def _ended(self, _task: asyncio.Task[None]) -> None:
+        self.stream.fail(self._cause)  # only a cancelled turn has no terminal event yet
+
+
+class Turns:
+    """Runs turns. One per server."""
+
+    def __init__(
+        self,
+        config: Config,
+        models: ServedModels,
+        admission: Admission,
+        caching: Caching,
+        rendering: Rendering,
+        engine: Engine,
+        settling: Settling,
+        runtime: Runtime,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._admission = admission
+        self._caching = caching
+        self._rendering = rendering
+        self._engine = engine
+        self._settling = settling
+        self._clock = runtime.clock
+        self._tasks = runtime.tasks
+        self._log = runtime.log
+        self._open: set[Turn] = set()
+        self._stopping: ApiError | None = None
+
+    @asynccontextmanager
+    async def open(self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases) -> AsyncIterator[Turn]:
+        """Run a turn while the context lasts. Leaving it early cancels the turn and waits until it has given all back."""
+        if self._stopping is not None:
+            raise self._stopping
+        turn = Turn(turn_id, tenant, request, phases, self._config.limits.event_queue_max)
+        task = self._tasks.create_task(self._run(turn))
+        turn.start(task)
+        self._open.add(turn)
+        try:
+            yield turn
+        finally:
+            self._open.discard(turn)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+
+    def stop(self) -> None:
+        """The server stops: running turns end with an error now, later ones are refused."""
+        self._stopping = ApiError(ErrorKind.ENGINE_DOWN, "the server is stopping; try again", retry_after_s=1)
+        for turn in self._open:
+            turn.cancel(self._stopping)
+
+    @property
+    def n_turns(self) -> int:
+        """Places taken: running and queued turns."""
+        return self._admission.n_turns
+
+    async def count_tokens(self, tenant: str, request: ChatRequest, phases: Phases) -> int:
+        """Length in tokens of the prompt such a request has. Raises ApiError as a turn would before it runs."""
+        turn = Turn("", tenant, request, phases, events_max=1)
+        with self._admission.enter(tenant):
+            request = await self._with_object(turn)
+            with phases.measure("render"):
+                built = await self._rendering.build(
+                    tenant, request.messages, request.tools, request.tool_choice, object_tokens=None
+                )
+        return built.prompt.n_tokens
+
+    async def _run(self, turn: Turn) -> None:
+        """The turn's task: the story, and its one terminal event however it ends."""
+        turn_s_max = self._config.limits.turn_s_max
+        try:
+            async with asyncio.timeout(turn_s_max):
+                finished = await self._story(turn)
+            turn.stream.emit(finished)
+        except RunFailed as failed:
+            turn.stream.fail(failed.error, failed.usage)
+        except ApiError as error:
+            turn.stream.fail(error)
+        except TimeoutError:
+            turn.stream.fail(ApiError(ErrorKind.TIMEOUT, f"the turn took longer than {turn_s_max:g} s"))
+        except Exception as exc:  # noqa: BLE001 - the turn boundary: whatever it was, the client gets a terminal event
+            self._log.error("turn failed", turn_id=turn.turn_id, error=type(exc).__name__, where=where(exc))
+            turn.stream.fail(internal_error())
+
+    async def _story(self, turn: Turn) -> Finished:
+        with self._admission.enter(turn.tenant, turn.request.n):
+            n_ctx = ready_model(self._engine).n_ctx
+            request = await self._with_object(turn)
+            if request.cache is not None and request.cache.dry_run:
+                return _dry_run(turn)
+            with turn.phases.measure("render"):
+                object_tokens = turn.object.n_tokens if turn.object is not None else None
+                built, rules = await self._rendering.request(turn.tenant, request, object_tokens, n_ctx)
+            finished = await self._answer(turn, request, built, rules)
+            await self._renew_object(turn)
+        self._offer_settling(turn, request)
+        return finished
+
+    async def _with_object(self, turn: Turn) -> ChatRequest:
+        """The request with the messages of the cache object it names; the turn notes the object if it applies."""
+        request, use = turn.request, turn.request.cache
+        served = self._models.resolve(request.model)
+        if use is None:
+            return request
+        with turn.phases.measure("objects"):
+            self._caching.check_ttl(use.reset_ttl_s)
+            found = await self._caching.find(turn.tenant, use)
+            same_model = found is not None and self._models.means(found.model, served)
+            used = use_object(request, use, found, same_model=same_model, now=self._clock.now())
+        turn.object, turn.object_status = used.object, used.status
+        return used.request
+
+    async def _answer(self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules) -> Finished:
+        """All choices at once: the engine computes what they share once, and the others wait for it."""
+        choices = Choices(request.n)
+        if request.n == 1:
+            await self._run_choice(turn, request, built, rules, choices, 0)
+            return choices.finished()
+        try:
+            async with asyncio.TaskGroup() as runs:
+                for choice in range(request.n):
+                    runs.create_task(self._run_choice(turn, request, built, rules, choices, choice))
+        except BaseExceptionGroup as group:
+            raise _first(group) from group
+        return choices.finished()
+
+    async def _run_choice(
+        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, choices: Choices, choice: int
+    ) -> None:
+        run_id, request = _choice_of(turn, request, choice)
+        async with AsyncExitStack() as held:
+            with turn.phases.measure("lease"):
+                lease = await held.enter_async_context(self._engine.lease(built.prompt))
+            plan = plan_turn(
+                run_id,
+                request,
+                built,
+                rules,
+                lease,
+                auto_tokens_min=self._config.cache.auto_tokens_min,
+                uses_object=turn.object is not None,
+            )
+            events = await held.enter_async_context(closing(self._engine.run(plan)))
+            async for event in events:
+                if isinstance(event, Failed):
+                    raise RunFailed(event)
+                for merged in choices.feed(choice, event):
+                    turn.take(merged)
+                if isinstance(event, Finished):
+                    return
+        raise AssertionError("the engine ended a run without a terminal event")
+
+    async def _renew_object(self, turn: Turn) -> None:
+        """`reset_ttl`, after a successful call. The answer is out, so what fails here is noted and no more."""
+        use = turn.request.cache
+        if turn.object is None or use is None:
+            return
+        self._caching.note_use(turn.object)
+        if use.reset_ttl_s is None:
+            return
+        try:
+            turn.object = await self._caching.update(turn.tenant, turn.object.id, ObjectUpdate(ttl_s=use.reset_ttl_s))
+        except ApiError as error:
+            self._log.warning(
+                "lifetime not renewed", turn_id=turn.turn_id, object_id=turn.object.id, kind=error.kind.value
+            )
+
+    def _offer_settling(self, turn: Turn, request: ChatRequest) -> None:
+        """With several choices nobody knows which one the conversation goes on with."""
+        if self._config.cache.settle != "off" and request.n == 1:
+            self._settling.offer(Conversation(turn.turn_id, turn.tenant, request, turn.object, turn.answer))
+
+
+def _choice_of(turn: Turn, request: ChatRequest, choice: int) -> tuple[str, ChatRequest]:
+    """Run id and request of one choice: a fixed seed counts up, or all choices would be the same."""
+    if choice == 0:
+        return turn.turn_id, request
+    seed = request.sampling.seed
+    sampling = replace(request.sampling, seed=None if seed is None else seed + choice)
+    return f"{turn.turn_id}-{choice}", replace(request, sampling=sampling)
+
+
+def _dry_run(turn: Turn) -> Finished:
+    """An empty answer that says, by `turn.n_tokens_saved`, what the cache object would have saved. Nothing runs."""
+    ready = turn.object is not None and turn.object_status is ObjectStatus.READY
+    turn.take(Started(n_prompt=0, cache_read=turn.object.n_tokens if turn.object is not None and ready else 0))
+    for choice in range(turn.request.n):
+        turn.take(ChoiceFinished("stop", n_output=0, choice=choice))
+    return Finished(Usage(fresh=0, cache_read=0, cache_write=0, output=0))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception that ended a group of runs; the others were cancelled by it."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
