@@ -1,0 +1,179 @@
+"""The life of a cache object: create, look up, update, delete, and the tags that name it.
+
+A created object is on disk before the call answers `pending`; `warming` makes it `ready`. Objects belong to a tenant, and
+another tenant's look like none at all. Quotas are checked and taken under one lock, so simultaneous creates cannot pass
+them together.
+"""
+
+import asyncio
+
+from keepwarm.cache.objects import Objects
+from keepwarm.config import Config
+from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.request import CacheUse
+from keepwarm.engine import Engine
+from keepwarm.gateway.admission import Admission
+from keepwarm.gateway.lifetime import expiry
+from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.rendering import Rendering
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.warming import Warming
+from keepwarm.gateway.window import served_model
+
+WINDOW_REST = 2  # tokens after the object: a turn evaluates at least its last two
+
+
+class Caching:
+    """All calls on cache objects and tags. Every method takes the tenant first."""
+
+    def __init__(
+        self,
+        config: Config,
+        models: ServedModels,
+        admission: Admission,
+        objects: Objects,
+        rendering: Rendering,
+        engine: Engine,
+        warming: Warming,
+        runtime: Runtime,
+    ) -> None:
+        self._config = config.cache
+        self._limits = config.limits
+        self._models = models
+        self._admission = admission
+        self._objects = objects
+        self._rendering = rendering
+        self._engine = engine
+        self._warming = warming
+        self._clock = runtime.clock
+        self._ids = runtime.ids
+        self._quota = asyncio.Lock()
+
+    async def create(self, tenant: str, new: NewObject) -> CacheObject:
+        """Store a new object, `pending`.
+
+        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, OVERLOADED, ENGINE_DOWN.
+        """
+        now = self._clock.now()
+        expires_at = expiry(self._config, now, expires_at=new.expires_at, ttl_s=new.ttl_s)
+        self._models.resolve(new.model)
+        with self._admission.enter(tenant):  # rendering is work, too
+            n_tokens = (await self._rendering.object_prefix(tenant, new.messages, new.tools)).prompt.n_tokens
+        self._check_size(n_tokens)
+        obj = CacheObject(
+            id=self._ids.new("cache-"),
+            tenant=tenant,
+            model=new.model,
+            status=ObjectStatus.PENDING,
+            created_at=int(now),
+            expires_at=expires_at if expires_at is not None else int(now) + self._config.default_ttl_s,
+            messages=new.messages,
+            tools=new.tools,
+            n_tokens=n_tokens,
+            name=new.name,
+            description=new.description,
+            metadata=new.metadata,
+        )
+        async with self._quota:
+            await self._check_quota(tenant, n_tokens, now)
+            await self._objects.insert(obj, new.tags)
+        self._warming.want(obj)
+        return obj
+
+    async def get(self, tenant: str, object_id: str) -> CacheObject:
+        """Raises ApiError(UNKNOWN_CACHE)."""
+        obj = await self._objects.get(tenant, object_id)
+        if obj is None:
+            raise _unknown(object_id)
+        return obj
+
+    async def update(self, tenant: str, object_id: str, update: ObjectUpdate) -> CacheObject:
+        """Change metadata or lifetime; the object is `pending` again. Raises as `create`, and UNKNOWN_CACHE."""
+        now = self._clock.now()
+        expires_at = expiry(self._config, now, expires_at=update.expires_at, ttl_s=update.ttl_s)
+        async with self._quota:
+            obj = await self.get(tenant, object_id)
+            if expires_at is not None and obj.effective_status(now) is ObjectStatus.INACTIVE:
+                await self._check_quota(tenant, obj.n_tokens, now)
+            changed = await self._objects.update(tenant, object_id, metadata=update.metadata, expires_at=expires_at)
+        if changed is None:
+            raise _unknown(object_id)
+        self._warming.want(changed)
+        return changed
+
+    async def delete(self, tenant: str, object_id: str) -> None:
+        """Raises ApiError(UNKNOWN_CACHE)."""
+        if not await self._objects.delete(tenant, object_id):
+            raise _unknown(object_id)
+        await self._warming.drop(object_id)
+
+    async def bind_tag(self, tenant: str, name: str, object_id: str) -> Tag:
+        """Make `name` mean this object, whatever it meant before. Raises ApiError(UNKNOWN_CACHE)."""
+        return await self._objects.bind(Tag(name, tenant, object_id, int(self._clock.now())))
+
+    async def tag(self, tenant: str, name: str) -> Tag:
+        """Raises ApiError(UNKNOWN_CACHE)."""
+        tag = await self._objects.tag(tenant, name)
+        if tag is None:
+            raise ApiError(ErrorKind.UNKNOWN_CACHE, f"tag {name!r} not found")
+        return tag
+
+    async def tags(self, tenant: str, page: Page) -> list[Tag]:
+        """One page of the tenant's tags; `after` and `before` are tag names."""
+        return await self._objects.tags(tenant, page)
+
+    async def tagged(self, tenant: str, name: str) -> CacheObject:
+        """The object a tag points to. Raises ApiError(UNKNOWN_CACHE)."""
+        return await self.get(tenant, (await self.tag(tenant, name)).object_id)
+
+    async def unbind_tag(self, tenant: str, name: str) -> None:
+        """An unknown tag is no error."""
+        await self._objects.unbind(tenant, name)
+
+    async def find(self, tenant: str, use: CacheUse) -> CacheObject | None:
+        """The object a request names, by id or tag, whatever its status."""
+        if use.tag is not None:
+            return await self._objects.by_tag(tenant, use.tag)
+        assert use.object_id is not None
+        return await self._objects.get(tenant, use.object_id)
+
+    def check_ttl(self, ttl_s: int | None) -> None:
+        """Raises ApiError(INVALID_REQUEST) when a request asks for a lifetime it cannot have."""
+        expiry(self._config, self._clock.now(), expires_at=None, ttl_s=ttl_s, param="reset_ttl")
+
+    def note_use(self, obj: CacheObject) -> None:
+        """A turn has used the object: after a restart of the engine it comes before those that nobody asks for."""
+        self._warming.used(obj.id)
+
+    def _check_size(self, n_tokens: int) -> None:
+        n_ctx = served_model(self._engine).n_ctx
+        if n_tokens + WINDOW_REST > n_ctx:
+            message = (
+                f"messages and tools have {n_tokens} tokens; the model's window of {n_ctx} leaves {n_ctx - WINDOW_REST}"
+            )
+            raise ApiError(ErrorKind.PROMPT_TOO_LONG, message, param="messages")
+        if n_tokens > self._config.object_tokens_max:
+            message = f"messages and tools have {n_tokens} tokens; a cache may have {self._config.object_tokens_max}"
+            raise ApiError(ErrorKind.INVALID_REQUEST, message, param="messages")
+
+    async def _check_quota(self, tenant: str, n_tokens: int, now: float) -> None:
+        n_objects, n_live = await self._objects.usage(tenant, now)
+        if n_objects >= self._limits.objects_per_tenant_max:
+            message = f"you have {n_objects} live caches, limit {self._limits.objects_per_tenant_max}; delete one first"
+            raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
+        if n_live + n_tokens > self._config.tenant_tokens_max:
+            message = (
+                f"your live caches hold {n_live} tokens and this one has {n_tokens}, "
+                f"limit {self._config.tenant_tokens_max}; delete one first"
+            )
+            raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
+
+    # The last of the class: below its definition `list` would mean this method.
+    async def list(self, tenant: str, page: Page) -> list[CacheObject]:
+        """One page of the tenant's objects. Raises ApiError(INVALID_REQUEST) for an unknown `after` or `before`."""
+        return await self._objects.list(tenant, page)
+
+
+def _unknown(object_id: str) -> ApiError:
+    return ApiError(ErrorKind.UNKNOWN_CACHE, f"cache {object_id!r} not found")
