@@ -1,0 +1,238 @@
+"""The composition root: builds every object, in order, and runs the server until it is told to stop.
+
+    storage → tokenizer → templating → engine process (supervised) → gateway services → HTTP
+
+All background work lives in one task group: if any of it breaks, the server ends instead of serving without it. llama.cpp
+is not imported here; the vocabulary and grammars load it when they are opened, the model lives in the engine's process.
+"""
+
+import asyncio
+import contextlib
+import importlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+
+from keepwarm.cache.objects import Objects
+from keepwarm.cache.render import Templating
+from keepwarm.config import Config
+from keepwarm.core.clock import Clock, Ids, RandomIds, SystemClock
+from keepwarm.dialects import WireBounds
+from keepwarm.dialects.kimi import KimiChat
+from keepwarm.engine.local import EngineFault, LocalEngine, open_tokenizer
+from keepwarm.gateway.admission import Admission
+from keepwarm.gateway.auth import DevAuth, KeyAuth
+from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.rendering import Rendering
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.settling import Settling
+from keepwarm.gateway.turn import Turns
+from keepwarm.gateway.warming import EpochEngine, Warming
+from keepwarm.server.connection import bounded_http
+from keepwarm.server.endpoints import RestartableEngine, Services
+from keepwarm.server.routes import application
+from keepwarm.storage import Storage, StorageError, database_path
+from keepwarm.telemetry import Log, configure
+
+STOP_S = 10.0  # running turns may end by themselves for this long after a signal, then they get an error
+STOP_REST_S = 5.0  # for the errors to go out
+BACKLOG = 2048
+
+
+class ServeError(Exception):
+    """The server cannot start or go on; the message is one line that says what to do."""
+
+
+class ServingEngine(EpochEngine, RestartableEngine, Protocol):
+    """What the application needs of its engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The text side of the served model: its templating and its grammars, and the engine that runs it."""
+
+    templating: Templating
+    to_gbnf: Callable[[str], str]
+    engine: ServingEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A running gateway."""
+
+    app: Starlette
+    turns: Turns
+    warming: Warming
+    settling: Settling
+
+
+def serve(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ServeError."""
+    log = configure(config.log_format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            runner.run(_serve(config, log, SystemClock(), RandomIds()))
+        except (EngineFault, StorageError) as fault:
+            raise ServeError(str(fault)) from fault
+        except BaseExceptionGroup as group:
+            first = _first(group)
+            if isinstance(first, EngineFault):
+                raise ServeError(str(first)) from group
+            raise
+
+
+async def _serve(config: Config, log: Log, clock: Clock, ids: Ids) -> None:
+    began = clock.monotonic()
+    listener = _listen(config)
+    storage = await asyncio.to_thread(Storage.open, database_path(config.data_dir), config.limits.db_busy_s_max)
+    try:
+        tokenizer = await asyncio.to_thread(open_tokenizer, config)
+        limits = config.limits
+        templating = Templating(tokenizer, fragment_cache_bytes=limits.fragment_cache_bytes)
+        engine = LocalEngine(config, templating.digest, clock, ids)
+        async with asyncio.TaskGroup() as group:
+            supervisor = group.create_task(engine.supervise())
+            model = Model(templating, schema_to_gbnf, engine)
+            async with gateway(config, model, storage, clock, ids, log) as running:
+                server = Server(config, running)
+                announcing = group.create_task(_announce(config, engine, listener, log, clock, began))
+                await server.serve(sockets=[listener])
+                announcing.cancel()
+            supervisor.cancel()
+    finally:
+        listener.close()
+        await asyncio.to_thread(storage.close)
+
+
+@asynccontextmanager
+async def gateway(
+    config: Config, model: Model, storage: Storage, clock: Clock, ids: Ids, log: Log
+) -> AsyncIterator[Gateway]:
+    """The gateway and its background work, for as long as the context lasts."""
+    objects = Objects(storage)
+    models = ServedModels(config.model, any_name=config.dev)
+    admission = Admission(config.limits.turns_max, config.limits.turns_per_tenant_max)
+    rendering = Rendering(model.templating, model.to_gbnf, config.limits)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            runtime = Runtime(clock, ids, log, tasks)
+            warming = Warming(objects, rendering, model.engine, runtime)
+            settling = Settling(config.cache, rendering, model.engine, runtime)
+            caching = Caching(config, models, admission, objects, rendering, model.engine, warming, runtime)
+            turns = Turns(config, models, admission, caching, rendering, model.engine, settling, runtime)
+            auth = DevAuth() if config.dev else KeyAuth(storage)
+            services = Services(config, auth, models, turns, caching, model.engine, runtime, int(clock.now()))
+            await warming.recover()
+            background = [
+                tasks.create_task(warming.work()),
+                tasks.create_task(warming.follow_engine()),
+                tasks.create_task(warming.tick_forever()),
+                tasks.create_task(settling.work()),
+            ]
+            try:
+                yield Gateway(application(services), turns, warming, settling)
+            finally:
+                turns.stop()
+                for task in background:
+                    task.cancel()
+    finally:
+        await asyncio.to_thread(rendering.close)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an end: signals end it, turns get `STOP_S` to finish, then a terminal error."""
+
+    def __init__(self, config: Config, running: Gateway) -> None:
+        limits = config.limits
+        dialect = KimiChat(msgspec.convert(limits, WireBounds, from_attributes=True))
+        super().__init__(
+            uvicorn.Config(
+                running.app,
+                http=bounded_http(limits, dialect.render_error),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # X-Forwarded-* would let a client choose its address
+                timeout_keep_alive=limits.keep_alive_s,
+                timeout_graceful_shutdown=int(STOP_S + STOP_REST_S),
+            )
+        )
+        self._turns = running.turns
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.get_running_loop().call_later(STOP_S, self._turns.stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            stopping.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, does not raise the signal again: the engine's process is to be ended in order first."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+
+def schema_to_gbnf(schema: str) -> str:
+    """GBNF for a JSON Schema. Raises ValueError."""
+    module = importlib.import_module("keepwarm.engine.llama")  # not at the top: it loads llama.cpp
+    return str(module.json_schema_to_gbnf(schema))
+
+
+async def _announce(
+    config: Config, engine: LocalEngine, listener: socket.socket, log: Log, clock: Clock, began: float
+) -> None:
+    """The one line that says the server is ready."""
+    async for _epoch in engine.epochs():
+        info = engine.status().model
+        assert info is not None
+        log.info(
+            "ready",
+            url=_url(listener),
+            model=config.model.name,
+            weights=info.weights,
+            attention=info.attention,
+            determinism=info.determinism,
+            granularity=info.granularity,
+            n_ctx=info.n_ctx,
+            start_s=round(clock.monotonic() - began, 1),
+        )
+        return
+
+
+def _listen(config: Config) -> socket.socket:
+    """Raises ServeError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as exc:
+        message = f"cannot listen on {config.host}:{config.port}: {exc.strerror}; choose another --host or --port"
+        raise ServeError(message) from exc
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

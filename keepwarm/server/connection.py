@@ -1,0 +1,98 @@
+"""What a connection may take in before there is a request: header bytes, time, and how many connections there may be.
+
+uvicorn's httptools protocol bounds none of them, and what it has not parsed to the end the application never sees. The
+few answers made here are made before a mount is known, so they are in the words of the default dialect.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.config import Config as UvicornConfig
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from keepwarm.config import Limits
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.dialects import ErrorReply
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol with bounds. Subclass with `bounded_http`."""
+
+    limits: Limits
+    too_many: bytes  # whole answers
+    too_large: bytes
+
+    def __init__(
+        self,
+        config: UvicornConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._in_headers = True
+        self._n_header_bytes = 0
+        self._headers_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class has it
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections_max:
+            self._refuse(self.too_many)
+            return
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_awaiting()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._n_header_bytes = 0
+        if self._headers_deadline is None:
+            self._await_headers()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._stop_awaiting()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._in_headers:  # what came is headers only; complete ones are measured by the application
+            self._n_header_bytes += len(data)
+            if self._n_header_bytes > self.limits.header_bytes_max:
+                self._refuse(self.too_large)
+
+    def _await_headers(self) -> None:
+        self._headers_deadline = self.loop.call_later(self.limits.body_read_s_max, self.transport.close)
+
+    def _stop_awaiting(self) -> None:
+        if self._headers_deadline is not None:
+            self._headers_deadline.cancel()
+            self._headers_deadline = None
+
+    def _refuse(self, answer: bytes) -> None:
+        self._stop_awaiting()
+        self.transport.write(answer)
+        self.transport.close()
+
+
+def bounded_http(limits: Limits, render_error: Callable[[ApiError], ErrorReply]) -> type[BoundedHttp]:
+    """The protocol class for uvicorn's `http=`; `render_error` is the default dialect's."""
+    too_many = ApiError(ErrorKind.OVERLOADED, f"there are {limits.connections_max} connections, which is the limit")
+    too_large = ApiError(
+        ErrorKind.HEADERS_TOO_LARGE, f"the request's path and headers have more than {limits.header_bytes_max:,} bytes"
+    )
+    answers = {"limits": limits, "too_many": _raw(render_error(too_many)), "too_large": _raw(render_error(too_large))}
+    return type("BoundedHttp", (BoundedHttp,), answers)
+
+
+def _raw(reply: ErrorReply) -> bytes:
+    headers = [*reply.headers, ("content-type", "application/json"), ("content-length", str(len(reply.body)))]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in [*headers, ("connection", "close")])
+    return STATUS_LINE[reply.status] + lines.encode("latin-1") + b"\r\n" + reply.body

@@ -1,0 +1,306 @@
+"""What each call does: parse with the mount's dialect, ask the gateway, render. One method per route."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+from urllib.parse import parse_qsl
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict, replace
+
+from keepwarm import __version__
+from keepwarm.config import Config
+from keepwarm.core.cache_object import Page
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.event import Finished
+from keepwarm.dialects import CacheReport, Identity, Renderer
+from keepwarm.dialects.caching import KimiCaching
+from keepwarm.dialects.kimi import KimiChat
+from keepwarm.dialects.openai import OpenAIChat
+from keepwarm.engine import Engine, EngineState, EngineStatus
+from keepwarm.gateway.auth import Auth
+from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.runtime import Runtime
+from keepwarm.gateway.turn import Turn, Turns
+from keepwarm.server.exchange import KEEPALIVE, Exchange, Headers, encoded
+
+QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
+TIMINGS_HEADER = "x-keepwarm-timings"  # "1" asks for the milliseconds of every phase with the answer
+
+Call = Callable[[Exchange], Awaitable[None]]
+T = TypeVar("T")
+
+
+class RestartableEngine(Engine, Protocol):
+    """An engine with a process that can be ended on purpose."""
+
+    def restart(self) -> None:
+        """End the engine's process; a new one is started as after a crash."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The gateway as the edge uses it."""
+
+    config: Config
+    auth: Auth
+    models: ServedModels
+    turns: Turns
+    caching: Caching
+    engine: RestartableEngine
+    runtime: Runtime
+    created_at: int  # unix seconds; what the models list gives as the models' time of creation
+
+
+class ChatCalls:
+    """Chat completions and models, in one dialect."""
+
+    def __init__(self, services: Services, dialect: KimiChat | OpenAIChat) -> None:
+        self._services = services
+        self._dialect = dialect
+
+    async def chat(self, exchange: Exchange) -> None:
+        """POST /chat/completions."""
+        services = self._services
+        body = await exchange.body()
+        with exchange.phases.measure("parse"):
+            parsed = self._dialect.parse_chat(exchange.headers, body)
+        exchange.log_fields["model"] = parsed.request.model
+        identity = Identity(exchange.turn_id, int(services.runtime.clock.now()))
+        renderer = self._dialect.renderer(parsed, identity)
+        async with (
+            services.turns.open(exchange.turn_id, exchange.tenant, parsed.request, exchange.phases) as turn,
+            _cancelled_on_disconnect(exchange, turn, services.runtime.tasks),
+        ):
+            try:
+                if parsed.stream:
+                    await self._stream(exchange, turn, renderer)
+                else:
+                    await self._whole(exchange, turn, renderer)
+            finally:
+                _log_outcome(exchange, turn)
+
+    async def _stream(self, exchange: Exchange, turn: Turn, renderer: Renderer) -> None:
+        """Frames as they come, one write for all that are there; headers go out when the turn has started."""
+        silence_s = self._services.config.limits.sse_comment_s
+        await turn.stream.begin()
+        await exchange.begin_events(self._cache_headers(turn))
+        more = True
+        while more:
+            events = await turn.stream.batch(silence_s)
+            data = (
+                b"".join(encoded(frame) for event in events for frame in renderer.feed(event)) if events else KEEPALIVE
+            )
+            more = not turn.stream.is_read
+            if not more and exchange.headers.get(TIMINGS_HEADER) == "1":
+                data += b": keepwarm-timings " + _timings(turn) + b"\n\n"
+            if data:
+                await exchange.write_events(data, more=more)
+
+    async def _whole(self, exchange: Exchange, turn: Turn, renderer: Renderer) -> None:
+        """The stream, collected."""
+        while not turn.stream.is_read:
+            for event in await turn.stream.batch(None):
+                renderer.feed(event)
+        if turn.stream.error is not None:
+            raise turn.stream.error
+        headers = list(self._cache_headers(turn))
+        if exchange.headers.get(TIMINGS_HEADER) == "1":
+            headers.append((TIMINGS_HEADER, _timings(turn).decode()))
+        await exchange.reply(renderer.whole(), headers=headers)
+
+    def _cache_headers(self, turn: Turn) -> Headers:
+        """What the dialect tells of the cache object that the turn read from."""
+        if turn.object is None or not turn.n_tokens_saved:
+            return ()
+        now = int(self._services.runtime.clock.now())
+        return self._dialect.reply_headers(
+            CacheReport(turn.object.id, turn.object.expires_at, now, turn.n_tokens_saved)
+        )
+
+    async def models(self, exchange: Exchange) -> None:
+        """GET /models."""
+        services = self._services
+        await exchange.reply(self._dialect.render_models(services.models.names, services.created_at, self._n_ctx()))
+
+    async def model(self, exchange: Exchange) -> None:
+        """GET /models/{model}."""
+        name = exchange.path_params["model"]
+        self._services.models.resolve(name)
+        await exchange.reply(self._dialect.render_model(name, self._services.created_at, self._n_ctx()))
+
+    def _n_ctx(self) -> int | None:
+        model = self._services.engine.status().model
+        return model.n_ctx if model is not None else None
+
+
+class EstimateCalls:
+    """Kimi's token estimate, which here is exact."""
+
+    def __init__(self, services: Services, dialect: KimiChat) -> None:
+        self._services = services
+        self._dialect = dialect
+
+    async def estimate(self, exchange: Exchange) -> None:
+        """POST /tokenizers/estimate-token-count."""
+        parsed = self._dialect.parse_chat(exchange.headers, await exchange.body())
+        n_tokens = await self._services.turns.count_tokens(exchange.tenant, parsed.request, exchange.phases)
+        await exchange.reply(self._dialect.render_token_estimate(n_tokens))
+
+
+class CachingCalls:
+    """Kimi's cache objects and tags."""
+
+    def __init__(self, services: Services, dialect: KimiCaching) -> None:
+        self._caching = services.caching
+        self._clock = services.runtime.clock
+        self._dialect = dialect
+
+    async def create(self, exchange: Exchange) -> None:
+        """POST /caching."""
+        new = self._dialect.parse_create(await exchange.body())
+        obj = await self._caching.create(exchange.tenant, new)
+        exchange.log_fields["object_id"] = obj.id
+        await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
+
+    async def list(self, exchange: Exchange) -> None:
+        """GET /caching."""
+        page = self._dialect.parse_list(_query(exchange))
+        found = await self._caching.list(exchange.tenant, _one_more(page))
+        shown = _shown(found, page)
+        await exchange.reply(self._dialect.render_list(shown, self._clock.now(), has_more=len(found) > page.limit))
+
+    async def get(self, exchange: Exchange) -> None:
+        """GET /caching/{cache_id}."""
+        obj = await self._caching.get(exchange.tenant, exchange.path_params["cache_id"])
+        await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
+
+    async def update(self, exchange: Exchange) -> None:
+        """PUT /caching/{cache_id}."""
+        update = self._dialect.parse_update(await exchange.body())
+        obj = await self._caching.update(exchange.tenant, exchange.path_params["cache_id"], update)
+        await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
+
+    async def delete(self, exchange: Exchange) -> None:
+        """DELETE /caching/{cache_id}."""
+        object_id = exchange.path_params["cache_id"]
+        await self._caching.delete(exchange.tenant, object_id)
+        await exchange.reply(self._dialect.render_deleted(object_id))
+
+    async def bind_tag(self, exchange: Exchange) -> None:
+        """POST /caching/refs/tags."""
+        name, object_id = self._dialect.parse_tag(await exchange.body())
+        await exchange.reply(self._dialect.render_tag(await self._caching.bind_tag(exchange.tenant, name, object_id)))
+
+    async def tags(self, exchange: Exchange) -> None:
+        """GET /caching/refs/tags."""
+        page = self._dialect.parse_list(_query(exchange))
+        found = await self._caching.tags(exchange.tenant, _one_more(page))
+        await exchange.reply(self._dialect.render_tags(_shown(found, page), has_more=len(found) > page.limit))
+
+    async def tag(self, exchange: Exchange) -> None:
+        """GET /caching/refs/tags/{tag}."""
+        tag = await self._caching.tag(exchange.tenant, exchange.path_params["tag"])
+        await exchange.reply(self._dialect.render_tag(tag))
+
+    async def tagged(self, exchange: Exchange) -> None:
+        """GET /caching/refs/tags/{tag}/content."""
+        obj = await self._caching.tagged(exchange.tenant, exchange.path_params["tag"])
+        await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
+
+    async def unbind_tag(self, exchange: Exchange) -> None:
+        """DELETE /caching/refs/tags/{tag}."""
+        name = exchange.path_params["tag"]
+        await self._caching.unbind_tag(exchange.tenant, name)
+        await exchange.reply(self._dialect.render_tag_deleted(name))
+
+
+class Health(Struct):
+    """The body of GET /health: no tenant's data, so it needs no key."""
+
+    status: str  # "ok" | "starting"
+    detail: str
+    version: str
+    engine: EngineStatus
+    n_turns: int
+
+
+class OperatorCalls:
+    """What people and machines that run the server ask it."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._encoder = msgspec.json.Encoder()
+
+    async def health(self, exchange: Exchange) -> None:
+        """GET /health: 200 only when turns are served, 503 before and while the engine restarts."""
+        status = self._services.engine.status()
+        ready = status.state is EngineState.READY
+        health = Health("ok" if ready else "starting", status.detail, __version__, status, self._services.turns.n_turns)
+        await exchange.reply(self._encoder.encode(health), status=200 if ready else 503)
+
+    async def restart_engine(self, exchange: Exchange) -> None:
+        """POST /admin/engine/restart: ends the engine's process, as a crash would (only with --dev)."""
+        self._services.engine.restart()
+        await exchange.reply(b'{"restarting":true}', status=202)
+
+
+@asynccontextmanager
+async def _cancelled_on_disconnect(exchange: Exchange, turn: Turn, tasks: asyncio.TaskGroup) -> AsyncIterator[None]:
+    """While the context lasts, a client that goes away cancels the turn within one step."""
+
+    async def watch() -> None:
+        await exchange.disconnected()
+        turn.cancel()
+
+    watcher = tasks.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+def _log_outcome(exchange: Exchange, turn: Turn) -> None:
+    terminal, error = turn.stream.terminal, turn.stream.error
+    usage = terminal.usage if terminal is not None else None
+    if usage is not None:
+        exchange.log_fields |= asdict(usage)
+    if turn.object is not None:
+        exchange.log_fields["object_id"] = turn.object.id
+    if error is not None:
+        exchange.log_fields["error"] = error.kind.value
+
+
+def _timings(turn: Turn) -> bytes:
+    """All phases in milliseconds as JSON: the gateway's, and the engine's where the turn went well."""
+    timings: dict[str, float] = {f"{phase}_ms": round(ms, 3) for phase, ms in turn.phases.ms.items()}
+    if isinstance(turn.stream.terminal, Finished):
+        timings |= {f"engine_{name}": ms for name, ms in asdict(turn.stream.terminal.timings).items()}
+    return msgspec.json.encode(timings)
+
+
+def _query(exchange: Exchange) -> list[tuple[str, str]]:
+    """Raises ApiError(INVALID_REQUEST)."""
+    try:
+        return parse_qsl(
+            exchange.query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=QUERY_FIELDS_MAX
+        )
+    except ValueError as exc:
+        raise ApiError(ErrorKind.INVALID_REQUEST, f"the query has more than {QUERY_FIELDS_MAX} fields") from exc
+
+
+def _one_more(page: Page) -> Page:
+    """One more than asked for tells whether there are more."""
+    return replace(page, limit=page.limit + 1)
+
+
+def _shown(found: Sequence[T], page: Page) -> Sequence[T]:
+    """Without the one more: it is the first when the page ends at `before`, else the last."""
+    if len(found) <= page.limit:
+        return found
+    return found[-page.limit :] if page.before is not None and page.after is None else found[: page.limit]

@@ -1,0 +1,139 @@
+"""One HTTP request and its answer, in plain ASGI: bounded body, whole replies, event streams, the client going away.
+
+Invariant: at most one response is begun. What fails before that is answered with an HTTP status; what fails after it is
+the last frame of the stream.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from starlette.types import Message, Receive, Scope, Send
+
+from keepwarm.config import Limits
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.dialects import ErrorReply, Frame
+from keepwarm.gateway.phases import Phases
+
+JSON_TYPE = "application/json"
+EVENT_STREAM_TYPE = "text/event-stream; charset=utf-8"
+KEEPALIVE = b": keepalive\n\n"  # a comment: clients skip it, proxies see a live connection
+
+Headers = Sequence[tuple[str, str]]
+CLOSE: Headers = (("connection", "close"),)  # the rest of the request is not going to be read
+
+
+class Exchange:
+    """What endpoints see of a request, and how they answer it."""
+
+    __slots__ = (
+        "_limits",
+        "_receive",
+        "_send",
+        "headers",
+        "log_fields",
+        "path_params",
+        "phases",
+        "query_string",
+        "status",
+        "tenant",
+        "turn_id",
+    )
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, turn_id: str, phases: Phases, limits: Limits
+    ) -> None:
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self.turn_id = turn_id
+        self.phases = phases
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.path_params: dict[str, str] = scope.get("path_params", {})
+        self.query_string: bytes = scope["query_string"]
+        self.tenant = ""
+        self.status: int | None = None  # of the response once it has begun
+        self.log_fields: dict[str, str | int | float] = {}
+
+    async def body(self) -> bytes:
+        """The whole request body. Raises ApiError: BODY_TOO_LARGE, TIMEOUT, CLIENT_CLOSED."""
+        limits = self._limits
+        announced = self.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limits.body_bytes_max:
+            raise _too_large(int(announced), limits.body_bytes_max)
+        chunks: list[bytes] = []
+        n_bytes = 0
+        try:
+            async with asyncio.timeout(limits.body_read_s_max):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+                    chunks.append(message.get("body", b""))
+                    n_bytes += len(chunks[-1])
+                    if n_bytes > limits.body_bytes_max:
+                        raise _too_large(n_bytes, limits.body_bytes_max)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError as exc:
+            message_text = f"the request body did not arrive within {limits.body_read_s_max:g} s"
+            raise ApiError(ErrorKind.TIMEOUT, message_text) from exc
+
+    async def disconnected(self) -> None:
+        """Returns when the client has gone away. Only after `body`."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def reply(
+        self, body: bytes, *, status: int = 200, headers: Headers = (), content_type: str = JSON_TYPE
+    ) -> None:
+        """A whole answer."""
+        await self._begin(status, [("content-type", content_type), ("content-length", str(len(body))), *headers])
+        await self._write(body, more=False)
+
+    async def reply_error(self, reply: ErrorReply, headers: Headers = ()) -> None:
+        await self.reply(reply.body, status=reply.status, headers=[*reply.headers, *headers])
+
+    async def begin_events(self, headers: Headers = ()) -> None:
+        """Begin an event stream. `x-accel-buffering` keeps nginx from collecting it."""
+        fixed = (("content-type", EVENT_STREAM_TYPE), ("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+        await self._begin(200, [*fixed, *headers])
+
+    async def write_events(self, data: bytes, *, more: bool) -> None:
+        await self._write(data, more=more)
+
+    async def _begin(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
+        assert self.status is None, "a response has begun already"
+        self.status = status
+        message: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"x-request-id", self.turn_id.encode()),
+                *_server_timing(self.phases),
+                *((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers),
+            ],
+        }
+        await self._send(message)
+
+    async def _write(self, body: bytes, *, more: bool) -> None:
+        """Raises TimeoutError when the client does not take the bytes: it may be slow, but not stop for ever."""
+        async with asyncio.timeout(self._limits.body_read_s_max):
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def encoded(frame: Frame) -> bytes:
+    """A frame as it stands in an event stream. Frames are one line: JSON text has no bare line breaks."""
+    if frame.name is None:
+        return b"data: " + frame.data + b"\n\n"
+    return b"event: " + frame.name.encode() + b"\ndata: " + frame.data + b"\n\n"
+
+
+def _server_timing(phases: Phases) -> list[tuple[bytes, bytes]]:
+    """The gateway's own phases so far, in milliseconds."""
+    if not phases.ms:
+        return []
+    return [(b"server-timing", ", ".join(f"{name};dur={ms:.3f}" for name, ms in phases.ms.items()).encode())]
+
+
+def _too_large(n_bytes: int, limit: int) -> ApiError:
+    return ApiError(ErrorKind.BODY_TOO_LARGE, f"the request body has {n_bytes:,} bytes or more, limit {limit:,}")

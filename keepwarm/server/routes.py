@@ -1,0 +1,308 @@
+"""The table of routes under their mounts, and the Starlette application made from it.
+
+    /v1, /moonshot/v1   Kimi's dialect, which is OpenAI's with additions
+    /openai/v1          OpenAI's dialect alone
+    /                   health, the OpenAPI document and its page
+
+A path belongs to the dialect of its mount, also when there is no such route: every error is in that dialect's words.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Mount, Router
+from starlette.routing import Route as Path
+from starlette.types import Receive, Scope, Send
+
+from keepwarm import __version__
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.dialects import WireBounds
+from keepwarm.dialects.caching import (
+    CacheDeletedReply,
+    CacheListReply,
+    CacheReply,
+    CacheUpdateRequest,
+    KimiCaching,
+    NewCacheRequest,
+    TagDeletedReply,
+    TagListReply,
+    TagReply,
+    TagRequest,
+)
+from keepwarm.dialects.kimi import (
+    CACHE_HEADER,
+    DRY_RUN_HEADER,
+    RESET_TTL_HEADER,
+    KimiChat,
+    KimiChatCompletionRequest,
+    TokenEstimateReply,
+)
+from keepwarm.dialects.openai import OpenAIChat
+from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
+from keepwarm.dialects.openai_error import ErrorBody
+from keepwarm.dialects.openai_model import ModelItem, ModelList
+from keepwarm.dialects.openai_request import ChatCompletionRequest
+from keepwarm.dialects.openapi import Param, Route, openapi
+from keepwarm.gateway.phases import Phases
+from keepwarm.gateway.stream import internal_error
+from keepwarm.server.endpoints import CachingCalls, Call, ChatCalls, EstimateCalls, Health, OperatorCalls, Services
+from keepwarm.server.exchange import Exchange
+from keepwarm.server.page import render_page
+from keepwarm.telemetry import where
+
+KIMI_MOUNTS = ("/v1", "/moonshot/v1")
+OPENAI_MOUNT = "/openai/v1"
+TITLE = "Keepwarm"
+DESCRIPTION = (
+    "An LLM API server whose main feature is context caching. Everything under /v1 is also under /moonshot/v1."
+)
+
+USE_PARAMS = (
+    Param(CACHE_HEADER, "id of the cache object whose messages this request repeats", where="header"),
+    Param(DRY_RUN_HEADER, "1: only tell whether the cache would be used", where="header"),
+    Param(RESET_TTL_HEADER, "seconds the cache lives on after this call", int, where="header"),
+)
+LIST_PARAMS = (
+    Param("limit", "at most this many, 20 by default", int),
+    Param("order", "asc or desc by time of creation, desc by default"),
+    Param("after", "begin behind this one"),
+    Param("before", "end ahead of this one"),
+)
+METADATA_PARAM = Param("metadata", "all given pairs must be there", dict[str, str], deep=True)
+
+Entry = tuple[Route, Call]
+
+
+def application(services: Services) -> Starlette:
+    """The ASGI application that serves `services`."""
+    bounds = msgspec.convert(services.config.limits, WireBounds, from_attributes=True)
+    kimi, openai = KimiChat(bounds), OpenAIChat(bounds)
+    kimi_entries = [*chat_entries(services, kimi), *kimi_only_entries(services, kimi, KimiCaching(bounds))]
+    openai_entries = chat_entries(services, openai)
+    operator_entries = operator_entries_of(services)
+    documents = Documents(
+        [
+            *(_under(KIMI_MOUNTS[0], route) for route, _ in kimi_entries),
+            *(_under(OPENAI_MOUNT, route) for route, _ in openai_entries),
+            *(route for route, _ in operator_entries),
+        ]
+    )
+    entries = [*operator_entries, *documents.entries()]
+    routes: list[BaseRoute] = [Mount(mount, _router(services, kimi, kimi_entries)) for mount in KIMI_MOUNTS]
+    routes.append(Mount(OPENAI_MOUNT, _router(services, openai, openai_entries)))
+    routes.extend(_paths(services, kimi, entries))
+    app = Starlette(routes=routes)
+    app.router.redirect_slashes = False
+    app.router.default = PathCalls(services, kimi, None, {})
+    return app
+
+
+def chat_entries(services: Services, dialect: KimiChat | OpenAIChat) -> list[Entry]:
+    """What both dialects serve."""
+    calls = ChatCalls(services, dialect)
+    is_kimi = isinstance(dialect, KimiChat)
+    chat = Route(
+        "POST",
+        "/chat/completions",
+        "Answer a conversation, whole or streamed",
+        request=KimiChatCompletionRequest if is_kimi else ChatCompletionRequest,
+        response=ChatCompletion,
+        events=ChatCompletionChunk,
+        params=USE_PARAMS if is_kimi else (),
+    )
+    return [
+        (_tagged("chat", chat), calls.chat),
+        (_tagged("models", Route("GET", "/models", "The names requests may use", response=ModelList)), calls.models),
+        (_tagged("models", Route("GET", "/models/{model}", "One of them", response=ModelItem)), calls.model),
+    ]
+
+
+def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCaching) -> list[Entry]:
+    """The token estimate, cache objects and their tags."""
+    calls = CachingCalls(services, caching)
+    estimate = Route(
+        "POST",
+        "/tokenizers/estimate-token-count",
+        "Count the tokens of a conversation's prompt",
+        request=KimiChatCompletionRequest,
+        response=TokenEstimateReply,
+    )
+    objects: list[Entry] = [
+        (Route("POST", "/caching", "Create a cache", request=NewCacheRequest, response=CacheReply), calls.create),
+        (
+            Route("GET", "/caching", "List caches", response=CacheListReply, params=(*LIST_PARAMS, METADATA_PARAM)),
+            calls.list,
+        ),
+        (
+            Route("POST", "/caching/refs/tags", "Bind or move a tag", request=TagRequest, response=TagReply),
+            calls.bind_tag,
+        ),
+        (Route("GET", "/caching/refs/tags", "List tags", response=TagListReply, params=LIST_PARAMS), calls.tags),
+        (Route("GET", "/caching/refs/tags/{tag}", "One tag", response=TagReply), calls.tag),
+        (Route("DELETE", "/caching/refs/tags/{tag}", "Delete a tag", response=TagDeletedReply), calls.unbind_tag),
+        (Route("GET", "/caching/refs/tags/{tag}/content", "The cache it names", response=CacheReply), calls.tagged),
+        (Route("GET", "/caching/{cache_id}", "One cache", response=CacheReply), calls.get),
+        (
+            Route("PUT", "/caching/{cache_id}", "Change it", request=CacheUpdateRequest, response=CacheReply),
+            calls.update,
+        ),
+        (Route("DELETE", "/caching/{cache_id}", "Delete it", response=CacheDeletedReply), calls.delete),
+    ]
+    return [
+        (_tagged("chat", estimate), EstimateCalls(services, dialect).estimate),
+        *((_tagged("caching", route), call) for route, call in objects),
+    ]
+
+
+def operator_entries_of(services: Services) -> list[Entry]:
+    """Health, and in a development server the way to try a crash of the engine."""
+    calls = OperatorCalls(services)
+    health = Route("GET", "/health", "200 when turns are served, 503 before", response=Health, needs_key=False)
+    entries: list[Entry] = [(_tagged("operation", health), calls.health)]
+    if services.config.dev:
+        restart = Route("POST", "/admin/engine/restart", "End the engine's process (--dev only)")
+        entries.append((_tagged("operation", restart), calls.restart_engine))
+    return entries
+
+
+class Documents:
+    """/openapi.json and /docs, made when they are first asked for, off the event loop."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+        self._document: bytes | None = None
+        self._page: bytes | None = None
+
+    def entries(self) -> list[Entry]:
+        return [
+            (Route("GET", "/openapi.json", "The OpenAPI document", needs_key=False), self.send_document),
+            (Route("GET", "/docs", "The OpenAPI document as a page", needs_key=False), self.send_page),
+        ]
+
+    async def send_document(self, exchange: Exchange) -> None:
+        await exchange.reply(await self._made())
+
+    async def send_page(self, exchange: Exchange) -> None:
+        document = await self._made()
+        if self._page is None:
+            self._page = await asyncio.to_thread(render_page, document)
+        await exchange.reply(self._page, content_type="text/html; charset=utf-8")
+
+    async def _made(self) -> bytes:
+        if self._document is None:
+            self._document = await asyncio.to_thread(
+                openapi, self._routes, title=TITLE, version=__version__, description=DESCRIPTION
+            )
+        return self._document
+
+
+def _tagged(tag: str, route: Route) -> Route:
+    return msgspec.structs.replace(route, tags=(tag,), errors=ErrorBody)
+
+
+def _under(mount: str, route: Route) -> Route:
+    return msgspec.structs.replace(route, path=mount + route.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of a path."""
+
+    call: Call
+    needs_key: bool
+
+
+class PathCalls:
+    """An ASGI application for one path: key, method, call, and every error in the mount's dialect.
+
+    `path` None is any path without a route.
+    """
+
+    def __init__(
+        self, services: Services, dialect: KimiChat | OpenAIChat, path: str | None, operations: dict[str, Operation]
+    ) -> None:
+        self._services = services
+        self._dialect = dialect
+        self._path = path
+        self._operations = operations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # a lifespan or a websocket: nothing here speaks those
+        runtime = self._services.runtime
+        began = runtime.clock.monotonic()
+        turn_id = runtime.ids.new("chatcmpl-")
+        exchange = Exchange(scope, receive, send, turn_id, Phases(runtime.clock), self._services.config.limits)
+        error: ApiError | None = None
+        try:
+            await self._serve(exchange, scope)
+        except ApiError as exc:
+            error = exc
+        except TimeoutError:
+            error = ApiError(ErrorKind.CLIENT_CLOSED, "the client stopped reading")
+        except Exception as exc:  # noqa: BLE001 - the last resort: the client gets an error, the log the place
+            runtime.log.error(  # noqa: TRY400 - no traceback: its message may hold a client's text
+                "request failed", turn_id=turn_id, error=type(exc).__name__, where=where(exc)
+            )
+            error = internal_error()
+        if error is not None:
+            exchange.log_fields["error"] = error.kind.value
+            if exchange.status is None:
+                allow = [("allow", ", ".join(self._operations))] if error.kind is ErrorKind.METHOD_NOT_ALLOWED else []
+                await exchange.reply_error(self._dialect.render_error(error), allow)
+        if self._path != "/health":
+            self._log(exchange, scope["method"], (runtime.clock.monotonic() - began) * 1000)
+
+    async def _serve(self, exchange: Exchange, scope: Scope) -> None:
+        limit = self._services.config.limits.header_bytes_max
+        n_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        if n_bytes > limit:
+            message = f"the request's path and headers have {n_bytes:,} bytes, limit {limit:,}"
+            raise ApiError(ErrorKind.HEADERS_TOO_LARGE, message)
+        if self._path is None:
+            raise ApiError(ErrorKind.UNKNOWN_ROUTE, f"there is nothing at {scope['path'][:200]!r}; see /docs")
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        operation = self._operations.get(method)
+        if operation is None:
+            allowed = ", ".join(self._operations)
+            message = f"{scope['method']} is not possible here, {allowed} is"
+            raise ApiError(ErrorKind.METHOD_NOT_ALLOWED, message)
+        if operation.needs_key:
+            with exchange.phases.measure("auth"):
+                principal = await self._services.auth.principal(exchange.headers.get("authorization"))
+            exchange.tenant = principal.tenant
+        await operation.call(exchange)
+
+    def _log(self, exchange: Exchange, method: str, ms: float) -> None:
+        """One line per request, without anything a client wrote but the model's name."""
+        self._services.runtime.log.info(
+            "request",
+            turn_id=exchange.turn_id,
+            tenant=exchange.tenant,
+            dialect=self._dialect.name,
+            method=method,
+            path=self._path or "unknown",
+            status=exchange.status,
+            ms=round(ms, 3),
+            **exchange.log_fields,
+        )
+
+
+def _router(services: Services, dialect: KimiChat | OpenAIChat, entries: Sequence[Entry]) -> Router:
+    unknown = PathCalls(services, dialect, None, {})
+    return Router(_paths(services, dialect, entries), redirect_slashes=False, default=unknown)
+
+
+def _paths(services: Services, dialect: KimiChat | OpenAIChat, entries: Sequence[Entry]) -> list[BaseRoute]:
+    """One Starlette route per path, for all methods: which of them it has is for `PathCalls` to say."""
+    by_path: dict[str, dict[str, Operation]] = {}
+    for route, call in entries:
+        by_path.setdefault(route.path, {})[route.method] = Operation(call, route.needs_key)
+    return [
+        # A model's name may have slashes in it ("org/name").
+        Path(path.replace("{model}", "{model:path}"), PathCalls(services, dialect, path, operations))
+        for path, operations in by_path.items()
+    ]
