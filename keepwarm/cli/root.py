@@ -1,0 +1,79 @@
+"""All commands in one tree, and the one place where usage errors become one line."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from keepwarm import __version__
+from keepwarm.cli import caches, keys
+from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
+from keepwarm.cli.demo import demo
+from keepwarm.cli.serve import EXAMPLE as SERVE_EXAMPLE
+from keepwarm.cli.serve import serve
+from keepwarm.cli.verify import EXAMPLE as VERIFY_EXAMPLE
+from keepwarm.cli.verify import verify
+
+SUMMARY = "An LLM API server whose main feature is context caching."
+
+
+def build() -> typer.Typer:
+    """The command tree."""
+    root = _group(SUMMARY)
+    root.callback(help=SUMMARY, epilog=_epilog(DEMO_EXAMPLE))(_common)
+    _add(root, "serve", serve, SERVE_EXAMPLE)
+    _add(root, "demo", demo, DEMO_EXAMPLE)
+    _add(root, "verify", verify, VERIFY_EXAMPLE)
+    key_group = _group("Make, list and revoke API keys.")
+    _add(key_group, "create", keys.create, keys.CREATE_EXAMPLE)
+    _add(key_group, "list", keys.list_keys, keys.LIST_EXAMPLE)
+    _add(key_group, "revoke", keys.revoke, keys.REVOKE_EXAMPLE)
+    root.add_typer(key_group, name="keys", epilog=_epilog(keys.CREATE_EXAMPLE))
+    cache_group = _group("List, show and delete cache objects.")
+    _add(cache_group, "list", caches.list_objects, caches.LIST_EXAMPLE)
+    _add(cache_group, "show", caches.show, caches.SHOW_EXAMPLE)
+    _add(cache_group, "delete", caches.delete, caches.DELETE_EXAMPLE)
+    root.add_typer(cache_group, name="caches", epilog=_epilog(caches.LIST_EXAMPLE))
+    return root
+
+
+def run(args: list[str]) -> int:
+    """Run the command that `args` (without the program's name) ask for; returns the exit status."""
+    try:
+        status = build()(args or ["--help"], prog_name="keepwarm", standalone_mode=False)
+    except typer.TyperException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "keepwarm")
+        sys.stderr.write(f"keepwarm: {error.format_message().rstrip('.')}; see {command} --help\n")
+        return error.exit_code
+    except typer.Abort:
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+]
+
+
+def _common(_version: Version = False) -> None:
+    """Options ahead of the command."""
+
+
+def _group(summary: str) -> typer.Typer:
+    return typer.Typer(help=summary, rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+
+
+def _add(group: typer.Typer, name: str, command: Callable[..., None], example: str) -> None:
+    group.command(name, epilog=_epilog(example))(command)
+
+
+def _epilog(example: str) -> str:
+    return f"[bold]Example[/bold]: {example}"
