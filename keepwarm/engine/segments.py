@@ -29,6 +29,7 @@ _OPENERS = {
     ToolFormat.MISTRAL: "[TOOL_CALLS]",
 }
 _CLOSERS = {ToolFormat.HERMES: "</tool_call>", ToolFormat.LLAMA3: ";", ToolFormat.MISTRAL: ""}
+MARKERS = frozenset((THINK, THINK_END, *_OPENERS.values(), _CLOSERS[ToolFormat.HERMES]))  # told even as control tokens
 _SPACE = " \t\r\n"
 
 

@@ -1,0 +1,109 @@
+"""The engine as the gateway sees it: lease, run, drop, status; and the tokenizer that belongs to its model.
+
+`LocalEngine` (llama.cpp or the scripted model in a process of its own) is the first implementation. The gateway knows
+these protocols, not which engine is behind them.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from enum import Enum
+from typing import Protocol
+
+from msgspec import Struct
+
+from keepwarm.core.event import Event
+from keepwarm.core.prompt import Lease, Plan, Prompt
+
+
+class EngineState(Enum):
+    """STARTING covers model loading, preparation and the self-test; DOWN is between a crash and the restart."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DOWN = "down"
+
+
+class ModelInfo(Struct, frozen=True):
+    """What the engine found out about its model. `granularity` None: caching is off because it is not exact here."""
+
+    digest: str  # blake3 of the model file, hex
+    n_ctx: int  # tokens one turn may hold, prompt and answer
+    n_streams: int
+    n_vocab: int
+    weights: str  # "Q4_0 (prepared from Q4_1)"
+    attention: str  # "plain" | "flash"
+    determinism: str  # "strict" | "fast"
+    granularity: int | None
+    kv_type: str
+    bytes_per_token: int
+
+
+class EngineStatus(Struct, frozen=True):
+    """Counters since the engine process started; `epoch` grows with each start. Absent numbers are None."""
+
+    state: EngineState
+    epoch: int
+    detail: str  # one line for people: "loading model", "measuring granularity (2 of 4)"
+    model: ModelInfo | None = None
+    n_running: int = 0
+    n_queued: int = 0
+    n_tokens_evaluated: int = 0
+    n_tokens_restored: int = 0
+    n_tokens_decoded: int = 0
+    host_bytes_total: int = 0
+    host_bytes_resident: int = 0
+    host_bytes_pinned: int = 0
+
+
+class Engine(Protocol):
+    """Runs plans. Every `run` ends in exactly one terminal event or, if its consumer goes away, in a cancelled turn."""
+
+    def lease(self, prompt: Prompt) -> AbstractAsyncContextManager[Lease]:
+        """Find and lock the longest stored prefix. Raises ApiError(ENGINE_DOWN)."""
+        ...
+
+    def run(self, plan: Plan) -> AsyncIterator[Event]:
+        """Run one plan. Closing the iterator cancels the turn within one step. Raises ApiError(ENGINE_DOWN, OVERLOADED)."""
+        ...
+
+    async def drop(self, pin_id: str) -> None:
+        """Give back what a plan with this `pin_id` pinned. Unknown ids are no error."""
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+
+class SpecialToken(Struct, frozen=True):
+    """A control token of the vocabulary: its text, its id, and whether it swallows white space on either side."""
+
+    text: str
+    token: int
+    strips_left: bool = False
+    strips_right: bool = False
+
+
+class Tokenizer(Protocol):
+    """The model's vocabulary, without its weights. Thread-safe, synchronous, no I/O after construction."""
+
+    @property
+    def specials(self) -> tuple[SpecialToken, ...]:
+        """All control tokens."""
+        ...
+
+    @property
+    def bos(self) -> int | None:
+        """The token every prompt must begin with, or None when the model wants none."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source stored with the model."""
+        ...
+
+    def special_text(self, name: str) -> str:
+        """Text of the "bos" or "eos" token, "" when there is none."""
+        ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of text without control tokens: a control token's text in it is ordinary text."""
+        ...

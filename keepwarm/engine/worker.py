@@ -1,0 +1,246 @@
+"""The engine's process: `python -m keepwarm.engine.worker FD`, FD one end of a Unix socket pair (frames: wire.py).
+
+Two threads. The reader takes frames and answers look-ups at once, so that a lease never waits for a long ubatch; the
+compute thread (this process's main one) owns the model. When the gateway goes away, so does this process.
+"""
+
+import ctypes
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Literal
+
+from keepwarm.config import Config
+from keepwarm.core.clock import Clock, SystemClock, draw_seed
+from keepwarm.core.event import Event
+from keepwarm.core.prompt import Lease
+from keepwarm.engine import EngineState, EngineStatus, ModelInfo
+from keepwarm.engine.core import CoreSettings, EngineCore
+from keepwarm.engine.model import LoadFault, Prepared
+from keepwarm.engine.scripted import N_CTX, ScriptedModel
+from keepwarm.engine.selftest import granularity, layout_of
+from keepwarm.engine.store import Held, PrefixStore, slot_bytes
+from keepwarm.engine.tiers import HostTier
+from keepwarm.engine.wire import (
+    FRAME_BYTES_MAX,
+    LENGTH,
+    Cancel,
+    Configure,
+    Drop,
+    Events,
+    FromWorker,
+    LeaseFound,
+    LoadFailed,
+    LookUp,
+    Release,
+    RunPlan,
+    StatusChanged,
+    ToWorker,
+    decode_to_worker,
+    encode,
+)
+
+PR_SET_PDEATHSIG = 1
+STATUS_INTERVAL_S = 0.2  # while busy; when work ends the counters are sent at once
+SOCKET_BUFFER = 4 << 20
+KV_TYPE = "f16"
+LAYOUT_VERSION = "blocks-64.1"  # of what a block's bytes mean; part of every key
+
+
+class Channel:
+    """The socket: whole frames in, whole frames out."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        self._sock, self._lock = sock, threading.Lock()
+
+    def send(self, frame: FromWorker) -> None:
+        """Write one frame; from any thread."""
+        with self._lock:
+            self._sock.sendall(encode(frame))
+
+    def receive(self) -> ToWorker | None:
+        """The next frame, None at the end of the stream."""
+        head = self._exactly(LENGTH.size)
+        if head is None:
+            return None
+        (n,) = LENGTH.unpack(head)
+        assert n <= FRAME_BYTES_MAX, n
+        body = self._exactly(n)
+        return None if body is None else decode_to_worker(body)
+
+    def _exactly(self, n: int) -> bytes | None:
+        parts = bytearray()
+        while len(parts) < n:
+            part = self._sock.recv(min(n - len(parts), 1 << 20))
+            if not part:
+                return None
+            parts += part
+        return bytes(parts)
+
+
+def prepare_scripted(config: Config) -> Prepared:
+    """The model without weights, measured like any other."""
+    wanted = config.model
+    model = ScriptedModel(n_streams=wanted.n_streams, n_ctx=wanted.n_ctx or N_CTX, n_ubatch=wanted.n_ubatch)
+    determinism: Literal["strict", "fast"] = "fast" if wanted.determinism == "fast" else "strict"
+    return Prepared(model, "scripted", "scripted", "plain", determinism, granularity(model, lambda _: None))
+
+
+class Worker:
+    """The process: configure, load, then compute until the gateway goes away."""
+
+    def __init__(self, channel: Channel, clock: Clock) -> None:
+        self._channel, self._clock = channel, clock
+        self._inbox: queue.SimpleQueue[RunPlan | Cancel | Drop] = queue.SimpleQueue()  # bounded by the gateway's turns
+        self._store: PrefixStore | None = None
+        self._leases: dict[str, Held] = {}  # reader thread only
+        self._epoch = 0
+        self._info: ModelInfo | None = None
+        self._told = EngineStatus(EngineState.STARTING, 0, "starting")
+        self._told_at = 0.0
+
+    def run(self) -> None:
+        """Serve until the socket ends. Returns early when the model cannot be loaded."""
+        frame = self._channel.receive()
+        if frame is None:
+            return
+        assert isinstance(frame, Configure), frame
+        self._epoch = frame.epoch
+        config = frame.config
+        try:
+            prepared = self._prepare(config)
+        except LoadFault as exc:
+            self._channel.send(LoadFailed(str(exc)))
+            return
+        core = self._build(prepared, config, frame.template_digest)
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._tell_status(core, EngineState.READY, prepared.detail)
+        self._compute(core, prepared.detail)
+
+    def _prepare(self, config: Config) -> Prepared:
+        if config.model.engine == "scripted":
+            return prepare_scripted(config)
+        module = importlib.import_module("keepwarm.engine.prepare")  # not at the top: it loads llama.cpp
+        prepared: Prepared = module.prepare(config, self._clock, self._report)
+        return prepared
+
+    def _report(self, line: str) -> None:
+        self._channel.send(StatusChanged(EngineStatus(EngineState.STARTING, self._epoch, line)))
+
+    def _build(self, prepared: Prepared, config: Config, template_digest: str) -> EngineCore:
+        model = prepared.model
+        layout = layout_of(model) if prepared.granularity else None
+        if layout and prepared.granularity:
+            self._report("setting up the prefix store")
+            identity = (
+                prepared.digest, template_digest, KV_TYPE, LAYOUT_VERSION, prepared.attention, str(prepared.granularity)
+            )  # fmt: skip
+            tier = HostTier(config.host_bytes(), slot_bytes(layout))
+            self._store = PrefixStore(
+                layout, tier, identity=identity, granularity=prepared.granularity, n_ctx=model.n_ctx
+            )
+        self._info = ModelInfo(
+            digest=prepared.digest,
+            n_ctx=model.n_ctx,
+            n_streams=model.n_streams,
+            n_vocab=model.n_vocab,
+            weights=prepared.weights,
+            attention=prepared.attention,
+            determinism=prepared.determinism,
+            granularity=prepared.granularity,
+            kv_type=KV_TYPE,
+            bytes_per_token=layout.cell_bytes if layout else 0,
+        )
+        for stream in range(model.n_streams):
+            model.forget(stream, 0, -1)
+        settings = CoreSettings(prepared.determinism == "strict", config.limits.prefill_delay_ms_max)
+        return EngineCore(model, self._store, settings, emit=self._emit, clock=self._clock, seeds=draw_seed)
+
+    def _emit(self, events: Sequence[tuple[str, Event]]) -> None:
+        self._channel.send(Events(tuple(events)))
+
+    # --- reader thread
+
+    def _read(self) -> None:
+        while (frame := self._channel.receive()) is not None:
+            match frame:
+                case LookUp():
+                    self._channel.send(LeaseFound(self._look_up(frame)))
+                case Release(lease_id):
+                    held = self._leases.pop(lease_id, None)
+                    if held and self._store:
+                        self._store.release(held)
+                case RunPlan() | Cancel() | Drop():
+                    self._inbox.put(frame)
+                case Configure():
+                    raise AssertionError("configured twice")
+        os._exit(0)  # the gateway is gone; the compute thread may be deep in llama.cpp
+
+    def _look_up(self, frame: LookUp) -> Lease:
+        if self._store is None:
+            return Lease(frame.lease_id, 0)
+        held = self._store.hold(frame.prompt, want_logits=True)
+        self._leases[frame.lease_id] = held
+        return Lease(frame.lease_id, held.n_tokens, self._store.tier_name if held.n_tokens else None)
+
+    # --- compute thread
+
+    def _compute(self, core: EngineCore, detail: str) -> None:
+        busy = True
+        while True:
+            if not busy:
+                self._tell_status(core, EngineState.READY, detail)
+                self._take(core, self._inbox.get())
+            while not self._inbox.empty():
+                self._take(core, self._inbox.get())
+            busy = core.step()
+            if busy and self._clock.monotonic() - self._told_at > STATUS_INTERVAL_S:
+                self._tell_status(core, EngineState.READY, detail)
+
+    def _take(self, core: EngineCore, frame: RunPlan | Cancel | Drop) -> None:
+        match frame:
+            case RunPlan(plan):
+                core.submit(plan)
+            case Cancel(turn_id):
+                core.cancel(turn_id)
+            case Drop(pin_id):
+                core.drop(pin_id)
+
+    def _tell_status(self, core: EngineCore, state: EngineState, detail: str) -> None:
+        store = self._store
+        status = EngineStatus(
+            state,
+            self._epoch,
+            detail,
+            self._info,
+            n_running=core.n_running,
+            n_queued=core.n_queued,
+            n_tokens_evaluated=core.counters.evaluated,
+            n_tokens_restored=core.counters.restored,
+            n_tokens_decoded=core.counters.decoded,
+            host_bytes_total=store.bytes_total if store else 0,
+            host_bytes_resident=store.bytes_resident if store else 0,
+            host_bytes_pinned=store.bytes_pinned if store else 0,
+        )
+        self._told_at = self._clock.monotonic()
+        if status != self._told:
+            self._told = status
+            self._channel.send(StatusChanged(status))
+
+
+def main() -> None:
+    """Entry point of the engine's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the gateway ends this process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    Worker(Channel(socket.socket(fileno=int(sys.argv[1]))), SystemClock()).run()
+
+
+if __name__ == "__main__":
+    main()
