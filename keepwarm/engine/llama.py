@@ -48,19 +48,19 @@ def init_backend() -> None:
     lc.llama_backend_init()
 
 
-class _EscapingConverter(SchemaConverter):  # type: ignore[misc]
+class _EscapingConverter(SchemaConverter):
     """The packaged converter leaves backslashes in literals as they are, which llama.cpp's grammar parser refuses."""
 
     def _format_literal(self, literal: str) -> str:
-        return str(super()._format_literal(literal.replace("\\", "\\\\")))
+        return str(super()._format_literal(literal.replace("\\", "\\\\")))  # type: ignore[no-untyped-call]
 
 
 def json_schema_to_gbnf(schema: str) -> str:
     """GBNF for a JSON Schema (JSON text); the start rule is "root". Raises ValueError. References are never fetched."""
     try:
-        converter = _EscapingConverter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")
-        return str(converter.format_grammar())
+        converter = _EscapingConverter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)  # type: ignore[no-untyped-call]
+        converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")  # type: ignore[no-untyped-call]
+        return str(converter.format_grammar())  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, IndexError) as exc:
         raise ValueError(f"this JSON Schema cannot be turned into a grammar: {type(exc).__name__}: {exc}") from exc
 
