@@ -92,25 +92,26 @@ def serve(config: Config) -> None:
 
 async def _serve(config: Config, log: Log, clock: Clock, ids: Ids) -> None:
     began = clock.monotonic()
-    listener = _listen(config)
-    storage = await asyncio.to_thread(Storage.open, database_path(config.data_dir), config.limits.db_busy_s_max)
-    try:
-        tokenizer = await asyncio.to_thread(open_tokenizer, config)
-        limits = config.limits
-        templating = Templating(tokenizer, fragment_cache_bytes=limits.fragment_cache_bytes)
-        engine = LocalEngine(config, templating.digest, clock, ids)
-        async with asyncio.TaskGroup() as group:
-            supervisor = group.create_task(engine.supervise())
+    limits = config.limits
+    with _listen(config) as listener:  # first: a taken port is found before a model is loaded
+        storage = await asyncio.to_thread(Storage.open, database_path(config.data_dir), limits.db_busy_s_max)
+        try:
+            tokenizer = await asyncio.to_thread(open_tokenizer, config)
+            try:
+                templating = Templating(tokenizer, fragment_cache_bytes=limits.fragment_cache_bytes)
+            except ValueError as exc:
+                raise ServeError(f"the model's chat template cannot be used: {exc}") from exc
+            engine = LocalEngine(config, templating.digest, clock, ids)
             model = Model(templating, schema_to_gbnf, engine)
-            async with gateway(config, model, storage, clock, ids, log) as running:
-                server = Server(config, running)
-                announcing = group.create_task(_announce(config, engine, listener, log, clock, began))
-                await server.serve(sockets=[listener])
-                announcing.cancel()
-            supervisor.cancel()
-    finally:
-        listener.close()
-        await asyncio.to_thread(storage.close)
+            async with asyncio.TaskGroup() as tasks:
+                supervisor = tasks.create_task(engine.supervise())
+                async with gateway(config, model, storage, clock, ids, log) as running:
+                    announcing = tasks.create_task(_announce(config, engine, listener, log, clock, began))
+                    await Server(config, running).serve(sockets=[listener])
+                    announcing.cancel()
+                supervisor.cancel()
+        finally:
+            await asyncio.to_thread(storage.close)
 
 
 @asynccontextmanager

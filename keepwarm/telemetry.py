@@ -8,6 +8,7 @@ import sys
 import traceback
 from typing import Literal
 
+import msgspec
 import structlog
 
 Log = structlog.typing.FilteringBoundLogger
@@ -16,20 +17,28 @@ Log = structlog.typing.FilteringBoundLogger
 def configure(log_format: Literal["auto", "console", "json"]) -> Log:
     """Set up structlog and return the root logger. "auto" is console on a terminal, JSON elsewhere."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    common: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if console:
+        common.append(structlog.dev.ConsoleRenderer())
+    else:
+        common.append(structlog.processors.JSONRenderer(serializer=_as_json))
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-        ],
+        processors=common,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr)
+        if console
+        else structlog.BytesLoggerFactory(file=sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
     log: Log = structlog.get_logger()
     return log
+
+
+def _as_json(line: structlog.typing.EventDict, **_options: object) -> bytes:
+    return msgspec.json.encode(line)
 
 
 def where(exc: BaseException) -> list[str]:

@@ -23,6 +23,7 @@ class BoundedHttp(HttpToolsProtocol):
     limits: Limits
     too_many: bytes  # whole answers
     too_large: bytes
+    malformed: bytes
 
     def __init__(
         self,
@@ -68,6 +69,9 @@ class BoundedHttp(HttpToolsProtocol):
             if self._n_header_bytes > self.limits.header_bytes_max:
                 self._refuse(self.too_large)
 
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (the base class's; it says no more than ours)
+        self._refuse(self.malformed)
+
     def _await_headers(self) -> None:
         self._headers_deadline = self.loop.call_later(self.limits.body_read_s_max, self.transport.close)
 
@@ -88,8 +92,10 @@ def bounded_http(limits: Limits, render_error: Callable[[ApiError], ErrorReply])
     too_large = ApiError(
         ErrorKind.HEADERS_TOO_LARGE, f"the request's path and headers have more than {limits.header_bytes_max:,} bytes"
     )
-    answers = {"limits": limits, "too_many": _raw(render_error(too_many)), "too_large": _raw(render_error(too_large))}
-    return type("BoundedHttp", (BoundedHttp,), answers)
+    malformed = ApiError(ErrorKind.INVALID_REQUEST, "this is not an HTTP/1.1 request")
+    answers = {"too_many": too_many, "too_large": too_large, "malformed": malformed}
+    rendered = {name: _raw(render_error(error)) for name, error in answers.items()}
+    return type("BoundedHttp", (BoundedHttp,), {"limits": limits, **rendered})
 
 
 def _raw(reply: ErrorReply) -> bytes:
