@@ -8,6 +8,7 @@ from rich.console import Console
 
 from keepwarm.cli.failure import fail
 from keepwarm.cli.options import DataDir
+from keepwarm.demo import DemoError
 
 EXAMPLE = "keepwarm demo --keep"
 
@@ -27,7 +28,7 @@ def demo(keep: Keep = False, data_dir: DataDir = None) -> None:
         fail(f"the demo needs the package {error.name}; install it with: pip install 'keepwarm[demo]'")
     try:
         equal = story.run(Console(), keep=keep, data_dir=data_dir)
-    except story.DemoError as error:
+    except DemoError as error:
         fail(str(error))
     if not equal:
         raise typer.Exit(1)
