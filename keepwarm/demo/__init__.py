@@ -1,10 +1,9 @@
 """`keepwarm demo`: a client of the server like any other, which starts one of its own and measures what caching does.
 
 corpus    the knowledge base: our own documentation, cut to a length
-server    the server process
 client    questions through the openai SDK, with the time to the first token
 report    what it cost and saved, as a table (pure)
-story     the order of events
+story     the order of events; the server process is launch's
 """
 
 

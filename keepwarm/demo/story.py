@@ -4,11 +4,7 @@ Every run asks under a new key, so its first call is cold whatever the data dire
 """
 
 import math
-import signal
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -20,7 +16,7 @@ from keepwarm.demo import DemoError
 from keepwarm.demo.client import MODEL, Answer, CacheState, Client, Messages
 from keepwarm.demo.corpus import cut, documentation
 from keepwarm.demo.report import Call, Keeping, keeping_line, last_line, table
-from keepwarm.demo.server import DemoServer, serving
+from keepwarm.launch import LaunchError, ServerProcess, ending_on_sigterm, serving
 
 INSTRUCTION = "You answer questions about Keepwarm from its documentation, in one or two short sentences.\n\n"
 QUESTIONS = (
@@ -39,22 +35,24 @@ def run(console: Console, *, keep: bool, data_dir: Path | None, serve_options: t
     text = documentation()
     clock = SystemClock()
     with (
-        _ending_on_sigterm(),
+        ending_on_sigterm(),
         tempfile.TemporaryDirectory(prefix="keepwarm-demo-") as scratch,
         serving(data_dir or Path(scratch), clock, serve_options) as server,
     ):
         try:
             calls = tell(console, server, text, clock, keep=keep)
-        except (DemoError, openai.OpenAIError) as error:
+        except (DemoError, LaunchError, openai.OpenAIError) as error:
             console.print(server.log_tail(), style="dim", markup=False, highlight=False)
             if isinstance(error, DemoError):
                 raise
+            if isinstance(error, LaunchError):
+                raise DemoError(str(error)) from error
             raise DemoError(f"a call failed: {error}; the server's last words are above") from error
     return all(call.is_equal is not False for call in calls)
 
 
-def tell(console: Console, server: DemoServer, text: str, clock: Clock, *, keep: bool) -> list[Call]:
-    """The calls in order, each shown as it is answered. Raises DemoError and the SDK's errors."""
+def tell(console: Console, server: ServerProcess, text: str, clock: Clock, *, keep: bool) -> list[Call]:
+    """The calls in order, each shown as it is answered. Raises DemoError, LaunchError and the SDK's errors."""
     with console.status("starting a server") as status:
         health = server.wait_ready(lambda detail: status.update(f"starting a server: {escape(detail)}"))
     console.print(f"A server is ready at {server.url}")
@@ -62,7 +60,7 @@ def tell(console: Console, server: DemoServer, text: str, clock: Clock, *, keep:
     client = Client(server.url, key, clock)
     knowledge = [{"role": "system", "content": cut(INSTRUCTION + text, lambda part: _count(client, part))}]
 
-    calls = [_call(console, client, "without a cache", knowledge, QUESTIONS[0])]
+    calls = [_call(console, client, "no cache", knowledge, QUESTIONS[0])]
     uncached = calls[0].answer
 
     with console.status("creating a cache object"):
@@ -71,7 +69,7 @@ def tell(console: Console, server: DemoServer, text: str, clock: Clock, *, keep:
     console.print(f"The cache object {made.id} is ready: {made.tokens:,} tokens")
     reference = [{"role": "cache", "content": f"cache_id={made.id}"}]
     for n, question in enumerate(QUESTIONS, start=1):
-        what, same = f"cached, question {n}", uncached if n == 1 else None
+        what, same = f"cached, {n}", uncached if n == 1 else None
         calls.append(_call(console, client, what, reference, question, same, n_object=made.tokens))
 
     with console.status("restarting the engine's process") as status:
@@ -80,7 +78,7 @@ def tell(console: Console, server: DemoServer, text: str, clock: Clock, *, keep:
         status.update("the engine is back; the object is computed again from its stored messages")
         _wait_rebuilt(client, server, made.id, clock)
     console.print("The engine was restarted, and the object computed again from its stored messages")
-    what = "cached, after the restart"
+    what = "after restart"
     calls.append(_call(console, client, what, reference, QUESTIONS[0], uncached, n_object=made.tokens))
 
     keeping = Keeping(made.tokens, max(0, math.ceil(clock.now() - made.created_at)))
@@ -141,7 +139,7 @@ def _call(
     return Call(what, answer, n_object, is_equal)
 
 
-def _wait_object(client: Client, server: DemoServer, object_id: str) -> CacheState:
+def _wait_object(client: Client, server: ServerProcess, object_id: str) -> CacheState:
     """The object when it is ready. Raises DemoError when it cannot become so."""
     state = client.object_state(object_id)
     while state.status == "pending":
@@ -153,7 +151,7 @@ def _wait_object(client: Client, server: DemoServer, object_id: str) -> CacheSta
     return state
 
 
-def _wait_rebuilt(client: Client, server: DemoServer, object_id: str, clock: Clock) -> None:
+def _wait_rebuilt(client: Client, server: ServerProcess, object_id: str, clock: Clock) -> None:
     """Wait until the object went through pending to ready; it is pending a moment after the engine is up."""
     deadline = clock.monotonic() + REBUILD_S_MAX
     while client.object_state(object_id).status == "ready" and clock.monotonic() < deadline:
@@ -161,19 +159,9 @@ def _wait_rebuilt(client: Client, server: DemoServer, object_id: str, clock: Clo
     _wait_object(client, server, object_id)
 
 
-def _stay(console: Console, server: DemoServer) -> None:
+def _stay(console: Console, server: ServerProcess) -> None:
     console.print("The server stays up until Ctrl-C")
     try:
         server.wait()
     except KeyboardInterrupt:
         console.print("Stopping the server")
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the server is not left behind."""
-    before = signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from keepwarm.core.clock import SystemClock
-from keepwarm.demo.server import serving
 from keepwarm.demo.story import QUESTIONS, tell
+from keepwarm.launch import serving
 
 TEXT = "\n\n".join(f"Paragraph {n} is about things that are kept warm." for n in range(200))
 
