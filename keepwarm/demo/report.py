@@ -61,7 +61,7 @@ class Keeping(Struct, frozen=True):
 def table(calls: Sequence[Call]) -> Table:
     """A row per call."""
     found = Table(title="Costs in CNY by Kimi's price sheet of July 2024 (8k model)", title_justify="left")
-    found.add_column("call")
+    found.add_column("call", no_wrap=True)
     for heading in ("prompt tokens", "cached tokens", "TTFT ms", "with cache", "without"):
         found.add_column(heading, justify="right")
     found.add_column("answer equal?", justify="center")
