@@ -42,6 +42,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     n_streams: int = 8
     n_ubatch: int = 512  # rows llama.cpp evaluates at once; also the longest prefill chunk
     n_threads: int | None = None  # None: the machine's cores
+    thread_wait: Literal["auto", "spin", "sleep"] = "auto"  # how llama.cpp's threads wait for each other
     engine: Literal["llama", "scripted"] = "llama"
 
 
@@ -112,8 +113,20 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return self.cache.host_bytes or psutil.virtual_memory().total // 4
 
     def n_threads(self) -> int:
-        """Threads llama.cpp computes with."""
-        return self.model.n_threads or os.cpu_count() or 1
+        """Threads llama.cpp computes with: one a physical core, since two on one core only share its vector unit."""
+        return self.model.n_threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+    def engine_environment(self) -> dict[str, str]:
+        """Environment of the engine's process.
+
+        llama.cpp's threads meet at barriers many times a layer. Spinning there is fastest on idle cores and collapses
+        when another process takes one of them (measured: 50 times slower); sleeping costs some speed and never
+        collapses. "auto" sleeps where the threads leave no core free (docs/decisions/0012).
+        """
+        wait = self.model.thread_wait
+        if wait == "auto":
+            wait = "sleep" if self.n_threads() >= (os.cpu_count() or 1) else "spin"
+        return dict(os.environ) if wait == "spin" else {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def default_data_dir() -> str:

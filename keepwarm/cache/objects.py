@@ -81,6 +81,19 @@ class Objects:
 
         return await self._storage.run(change)
 
+    async def renew(self, tenant: str, object_id: str, *, expires_at: int, now: float) -> CacheObject | None:
+        """Give an object that is live at `now` another lifetime and change nothing else; None when there is no such one."""
+
+        def change(connection: sa.Connection) -> CacheObject | None:
+            old = _one(connection, _owned(tenant, object_id))
+            if old is None or next_status(old.effective_status(now), Cause.RENEWED) is None:
+                return None
+            new = msgspec.structs.replace(old, expires_at=expires_at)
+            _write(connection, new)
+            return new
+
+        return await self._storage.run(change)
+
     async def settle(
         self, object_id: str, generation: int, cause: Cause, *, n_tokens: int | None = None, error: str | None = None
     ) -> CacheObject | None:

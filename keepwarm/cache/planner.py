@@ -57,6 +57,7 @@ def plan_turn(
 ) -> Plan:
     """The plan that answers `request`."""
     cached = uses_object or built.prompt.n_tokens >= auto_tokens_min
+    breakpoints = built.prompt.marks[uses_object:]  # the first mark is the end of the object, if one is in use
     return Plan(
         turn_id,
         built.prompt,
@@ -64,6 +65,7 @@ def plan_turn(
         sampling=request.sampling,
         reuse=cached,
         store=cached,
+        write_end=breakpoints[-1] if cached and breakpoints else 0,
         lease_id=lease.lease_id if cached and lease is not None else None,
     )
 
@@ -75,6 +77,7 @@ def plan_object(turn_id: str, obj: CacheObject, built: Built, lease: Lease | Non
         built.prompt,
         OutputRules(max_tokens=0),
         pin_id=obj.id,
+        write_end=built.prompt.n_tokens,
         lease_id=lease.lease_id if lease is not None else None,
     )
 

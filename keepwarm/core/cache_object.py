@@ -27,7 +27,8 @@ class Cause(Enum):
     COMPUTED = "computed"  # the prefix is resident and pinned
     FAILED = "failed"  # it cannot be: `error` says why
     EXPIRED = "expired"
-    UPDATED = "updated"  # PUT, or reset_ttl on use
+    UPDATED = "updated"  # PUT, or reset_ttl on use of one that is not live
+    RENEWED = "renewed"  # reset_ttl on use of a live one: only its lifetime changes
     ENGINE_LOST = "engine_lost"  # the engine restarted: rebuilt from the stored messages
 
 
@@ -36,9 +37,11 @@ TRANSITIONS: dict[tuple[ObjectStatus, Cause], ObjectStatus] = {
     (ObjectStatus.PENDING, Cause.FAILED): ObjectStatus.ERROR,
     (ObjectStatus.PENDING, Cause.EXPIRED): ObjectStatus.INACTIVE,
     (ObjectStatus.PENDING, Cause.UPDATED): ObjectStatus.PENDING,
+    (ObjectStatus.PENDING, Cause.RENEWED): ObjectStatus.PENDING,
     (ObjectStatus.PENDING, Cause.ENGINE_LOST): ObjectStatus.PENDING,
     (ObjectStatus.READY, Cause.EXPIRED): ObjectStatus.INACTIVE,
     (ObjectStatus.READY, Cause.UPDATED): ObjectStatus.PENDING,
+    (ObjectStatus.READY, Cause.RENEWED): ObjectStatus.READY,
     (ObjectStatus.READY, Cause.ENGINE_LOST): ObjectStatus.PENDING,
     (ObjectStatus.ERROR, Cause.UPDATED): ObjectStatus.PENDING,
     (ObjectStatus.INACTIVE, Cause.UPDATED): ObjectStatus.PENDING,

@@ -31,6 +31,11 @@ class SystemClock:
         return time.monotonic()
 
 
+def draw_seed() -> int:
+    """A fresh 31-bit seed for a turn that names none."""
+    return secrets.randbits(31)
+
+
 class Ids(Protocol):
     """Makes unguessable ids: `ids.new("cache-")` gives "cache-" and 20 lower-case letters and digits."""
 

@@ -32,6 +32,7 @@ from keepwarm.engine.prefix import common_length
 from keepwarm.engine.scheduler import Abandon, Admit, Decode, Pace, Phase, Prefill, View, decide, rows_within
 from keepwarm.engine.store import Held, NoRoom, PrefixStore
 
+SEED_MASK = 0xFFFFFFFF  # llama.cpp's random source takes 32 bits
 SHARE_TOKENS_MIN = 64  # waiting for another turn's prefix pays from one block on
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
@@ -146,7 +147,7 @@ class EngineCore:
         granularity = self._store.granularity if self._store else 1
         run = Run(plan, pieces(plan.prompt.n_tokens, plan.prompt.marks, granularity), self._clock.monotonic())
         if plan.output.max_tokens:
-            seed = plan.sampling.seed if plan.sampling.seed is not None else self._seeds()
+            seed = self._seeds() if plan.sampling.seed is None else plan.sampling.seed & SEED_MASK
             try:
                 run.sampler = self._model.sampler(plan.sampling, plan.output.grammar, seed)
             except GrammarFault as exc:

@@ -165,6 +165,7 @@ class LocalEngine:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "keepwarm.engine.worker", str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=log,
+                env=self._config.engine_environment(),
             )  # fmt: skip
         finally:
             theirs.close()

@@ -102,6 +102,14 @@ class Caching:
         self._warming.want(changed)
         return changed
 
+    async def renew(self, tenant: str, object_id: str, ttl_s: int) -> CacheObject:
+        """`reset_ttl` on use: a live object goes on under its status, any other is computed again. Raises as `update`."""
+        now = self._clock.now()
+        expires_at = expiry(self._config, now, expires_at=None, ttl_s=ttl_s)
+        assert expires_at is not None
+        renewed = await self._objects.renew(tenant, object_id, expires_at=expires_at, now=now)
+        return renewed or await self.update(tenant, object_id, ObjectUpdate(ttl_s=ttl_s))
+
     async def delete(self, tenant: str, object_id: str) -> None:
         """Raises ApiError(UNKNOWN_CACHE)."""
         if not await self._objects.delete(tenant, object_id):

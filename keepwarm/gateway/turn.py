@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from keepwarm.cache.planner import plan_turn
 from keepwarm.cache.render import Built
 from keepwarm.config import Config
-from keepwarm.core.cache_object import CacheObject, ObjectStatus, ObjectUpdate
+from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, Usage
 from keepwarm.core.prompt import OutputRules
@@ -242,7 +242,7 @@ class Turns:
         if use.reset_ttl_s is None:
             return
         try:
-            turn.object = await self._caching.update(turn.tenant, turn.object.id, ObjectUpdate(ttl_s=use.reset_ttl_s))
+            turn.object = await self._caching.renew(turn.tenant, turn.object.id, use.reset_ttl_s)
         except ApiError as error:
             self._log.warning(
                 "lifetime not renewed", turn_id=turn.turn_id, object_id=turn.object.id, kind=error.kind.value

@@ -143,6 +143,16 @@ class Machine(RuleBasedStateMachine):
         values |= {} if expires_at is None else {"expires_at": expires_at}
         assert new == self.twin.change(old, Cause.UPDATED, **values)
 
+    @rule(tenant=tenants, object_id=object_ids, now=times, expires_at=times)
+    def renew(self, tenant: str, object_id: str, now: int, expires_at: int) -> None:
+        new = self.run(self.objects.renew(tenant, object_id, expires_at=expires_at, now=now))
+        old = self.twin.get(tenant, object_id)
+        live = old is not None and old.status.value in ("pending", "ready") and now < old.expires_at
+        assert (new is not None) == live
+        if live:
+            self.twin.objects[object_id] = msgspec.structs.replace(old, expires_at=expires_at)
+            assert new == self.twin.objects[object_id]
+
     @precondition(lambda self: self.twin.objects)
     @rule(
         data=st.data(),
