@@ -88,14 +88,21 @@ class LocalEngine:
         return self._status
 
     async def epochs(self) -> AsyncIterator[int]:
-        """Yields each epoch that became ready, the current one first; never ends by itself."""
-        seen = 0
+        """Yields an epoch when its process has become ready, and again when it is gone; never ends by itself."""
+        seen, is_ready = 0, False
         while True:
             async with self._changed:
-                while self._status.state is not EngineState.READY or self._status.epoch <= seen:
+                while (self._status.state is EngineState.READY) == is_ready and self._status.epoch in (0, seen):
                     await self._changed.wait()
-                seen = self._status.epoch
-            yield seen
+                status = self._status
+            if is_ready:  # also when a new one is ready by now: the loss is told first
+                is_ready = False
+                yield seen
+            elif status.state is EngineState.READY:
+                seen, is_ready = status.epoch, True
+                yield seen
+            else:
+                seen = status.epoch  # it starts, or died before it was ready
 
     @asynccontextmanager
     async def lease(self, prompt: Prompt) -> AsyncIterator[Lease]:

@@ -36,7 +36,7 @@ class EpochEngine(Engine, Protocol):
     """An engine that tells when a new process of it has become ready."""
 
     def epochs(self) -> AsyncIterator[int]:
-        """Each epoch as it becomes READY, beginning with the current one."""
+        """Each epoch as it becomes READY, beginning with the current one, and again when its process is gone."""
         ...
 
 
@@ -151,11 +151,12 @@ class Warming:
         return True
 
     async def follow_engine(self) -> None:
-        """A new engine process holds nothing: all ready objects are pending again and are rebuilt."""
+        """An engine process that is gone, and a new one, hold nothing: ready objects are pending again and are rebuilt."""
         async for epoch in self._engine.epochs():
             self._pinned.clear()
             lost = await self._objects.engine_lost(self._clock.now())
-            self._log.info("engine ready", epoch=epoch, objects_to_compute=len(lost))
+            state = self._engine.status().state.value
+            self._log.info(f"engine {state}", epoch=epoch, objects_to_compute=len(lost))
             self._refill(lost)
 
     async def recover(self) -> None:

@@ -1,5 +1,6 @@
 """kill -9 of either process: nothing acknowledged is lost, turns get a retryable error, objects come back by themselves."""
 
+import concurrent.futures
 import os
 import signal
 import threading
@@ -79,12 +80,15 @@ def test_a_killed_engine_comes_back_with_its_objects_and_the_same_answers(start)
     before = by_role(client, cache_id)
     epoch = server.health()["engine"]["epoch"]
 
-    long_turn = {"model": "moonshot-v1", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 2000}
-    stream = client.chat.completions.create(**long_turn, stream=True, temperature=1.0)
-    os.kill(engine_process(server).pid, signal.SIGKILL)
-    with pytest.raises(openai.APIError, match="restarted"):
-        for _ in stream:
-            pass
+    engine = engine_process(server)
+    os.kill(engine.pid, signal.SIGSTOP)  # so that the turn is certainly under way when the process dies
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        turn = pool.submit(by_role, client, cache_id)
+        while server.health()["n_turns"] == 0:
+            time.sleep(0.01)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(openai.InternalServerError, match="restarted"):
+            turn.result()
     server.wait_ready(epoch + 1)
     wait_status(client, cache_id)
     after = by_role(client, cache_id)
