@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,9 +43,13 @@ class Server:
     process: subprocess.Popen
     url: str
     log: Path
+    clients: list = field(default_factory=list)
 
     def client(self, key="sk-e2e", mount="/v1"):
-        return openai.OpenAI(api_key=key, base_url=self.url + mount, timeout=300, max_retries=0)
+        """Closed with the server."""
+        made = openai.OpenAI(api_key=key, base_url=self.url + mount, timeout=300, max_retries=0)
+        self.clients.append(made)
+        return made
 
     def health(self):
         return get_json(self.url + "/health")
@@ -72,6 +76,8 @@ class Server:
         raise AssertionError(f"still busy: {health}")
 
     def stop(self):
+        for client in self.clients:
+            client.close()
         self.process.terminate()
         try:
             self.process.wait(30)
