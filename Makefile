@@ -42,8 +42,9 @@ format: $(STAMPS)/check ## rewrite the source as the formatter wants it
 docs: $(STAMPS)/test ## rewrite the generated parts of the docs
 	@$(BIN)/python scripts/generated.py
 
-bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results
-	@$(BIN)/keepwarm bench ttft $(BENCH_ARGS)
+bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results (BENCH_ARGS="--quick" for a try)
+	@$(BIN)/keepwarm bench ttft --out "bench/results/$$(date -u +%F)-ttft.json" $(BENCH_ARGS)
+	@$(BIN)/keepwarm bench gateway --out "bench/results/$$(date -u +%F)-gateway.json"
 
 clean: ## remove the virtual environment, caches and build logs
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import caches, keys
+from keepwarm.cli import bench, caches, keys
 from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
 from keepwarm.cli.serve import EXAMPLE as SERVE_EXAMPLE
@@ -25,6 +25,10 @@ def build() -> typer.Typer:
     _add(root, "serve", serve, SERVE_EXAMPLE)
     _add(root, "demo", demo, DEMO_EXAMPLE)
     _add(root, "verify", verify, VERIFY_EXAMPLE)
+    bench_group = _group("Measure this machine.")
+    _add(bench_group, "ttft", bench.ttft, bench.TTFT_EXAMPLE)
+    _add(bench_group, "gateway", bench.gateway, bench.GATEWAY_EXAMPLE)
+    root.add_typer(bench_group, name="bench", epilog=_epilog(bench.TTFT_EXAMPLE))
     key_group = _group("Make, list and revoke API keys.")
     _add(key_group, "create", keys.create, keys.CREATE_EXAMPLE)
     _add(key_group, "list", keys.list_keys, keys.LIST_EXAMPLE)

@@ -1,0 +1,53 @@
+"""keepwarm bench: measure this machine, beside raw llama.cpp where there is something to compare with."""
+
+import importlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from keepwarm.bench import BenchError
+from keepwarm.cli.failure import fail
+from keepwarm.cli.options import ConfigFile, DataDir
+from keepwarm.config import ConfigError
+
+TTFT_EXAMPLE = "keepwarm bench ttft --tokens 5000 --out ttft.json"
+GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 10000"
+TOKENS_MIN = 640  # automatic reuse begins at 512
+
+Tokens = Annotated[int, typer.Option("--tokens", min=TOKENS_MIN, help="Length of the long prompts.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds: to see that it works, not to quote.")]
+Requests = Annotated[int, typer.Option("--requests", min=10, help="How many, in the longest part.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Write the JSON there (default: <date>-<kind>.json here)."),
+]
+
+
+def ttft(
+    tokens: Tokens = 5000,
+    quick: Quick = False,
+    data_dir: DataDir = None,
+    config_file: ConfigFile = None,
+    out: Out = None,
+) -> None:
+    """Time to the first token, cold and warm, decoding and several users, through HTTP beside raw llama.cpp.
+
+    Ten minutes and more on two cores; nothing else should run. The exit status says nothing about the numbers.
+    """
+    module = importlib.import_module("keepwarm.bench.ttft")  # here, as below: it loads llama.cpp
+    plan = module.Plan(n_tokens=tokens, quick=quick)
+    try:
+        module.run_and_show(plan, Console(), data_dir=data_dir, config_file=config_file, out=out)
+    except (BenchError, ConfigError) as error:
+        fail(str(error))
+
+
+def gateway(requests: Requests = 10_000, out: Out = None) -> None:
+    """What the gateway costs beside the engine: latency, requests per second on one core, memory."""
+    module = importlib.import_module("keepwarm.bench.gateway")
+    try:
+        module.run_and_show(requests, Console(), out=out)
+    except BenchError as error:
+        fail(str(error))

@@ -1,0 +1,58 @@
+"""The benches run to their end against the scripted engine and write what they measured. No number is judged."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from keepwarm.bench.gateway_report import Samples as GatewaySamples
+from keepwarm.bench.report import Report
+from keepwarm.bench.ttft_report import Samples as TtftSamples
+
+pytestmark = pytest.mark.e2e
+
+
+def bench(*arguments: str | Path) -> str:
+    """In a process of its own, as it pins itself and blocks where it likes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "keepwarm", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def test_bench_gateway(tmp_path: Path) -> None:
+    out = tmp_path / "gateway.json"
+    assert "gateway overhead p50" in bench("gateway", "--requests", "40", "--out", out)
+    report = msgspec.json.decode(out.read_bytes(), type=Report[GatewaySamples])
+    assert report.model.weights == "scripted"
+    for form in ("whole", "stream"):
+        latency, throughput = report.samples.latency[form], report.samples.throughput[form]
+        assert len(latency.total_ms) == len(latency.engine_ms) == 4
+        assert min(latency.overhead_ms) > 0
+        assert len(throughput.rss_bytes) == 11
+    assert report.samples.throughput["whole"].n_requests == 40
+    assert all(ratio.reached is not None for ratio in report.ratios)
+
+
+def test_bench_ttft_without_a_baseline(tmp_path: Path) -> None:
+    config, out = tmp_path / "scripted.toml", tmp_path / "ttft.json"
+    config.write_text('[model]\nengine = "scripted"\n', encoding="utf-8")
+    shown = bench(
+        "ttft", "--quick", "--tokens", "1500", "--config", config, "--data-dir", tmp_path / "data", "--out", out
+    )
+    assert "no baseline" in shown
+    report = msgspec.json.decode(out.read_bytes(), type=Report[TtftSamples])
+    samples = report.samples
+    assert samples.cold[0].n_cached == 0
+    assert samples.cold[0].raw_ms is None
+    assert {sample.way for sample in samples.warm} == {"object", "automatic", "displaced"}
+    assert all(sample.n_evaluated <= sample.n_new < 64 for sample in samples.warm)
+    assert samples.new_context[0].n_evaluated <= samples.new_context[0].n_context + samples.new_context[0].n_questions
+    assert {ratio.reached for ratio in report.ratios if "raw" in ratio.name} == {None}
