@@ -58,6 +58,7 @@ async def baseline(config: Config, served: ModelInfo) -> AsyncIterator[Baseline 
         "keepwarm.bench.raw",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        env=config.engine_environment(),
         start_new_session=True,  # like the server: Linux shares processors between sessions first, then within them
     )
     found = Baseline(process)

@@ -356,6 +356,7 @@ async def _measure(
             "users": plan.n_users,
             "quick": plan.quick,
             "threads": config.n_threads(),
+            "thread_wait": config.engine_environment().get("OMP_WAIT_POLICY", "default"),
             "ubatch": config.model.n_ubatch,
             "baseline": "raw llama.cpp in a process of its own" if raw is not None else "none: scripted engine",
         },
