@@ -28,6 +28,7 @@ CAUSES = {
     Cause.FAILED: "cannot be computed or kept",
     Cause.EXPIRED: "expires_at is past",
     Cause.UPDATED: "PUT, or reset_ttl on use",
+    Cause.RENEWED: "reset_ttl while live",
     Cause.ENGINE_LOST: "engine restarted",
 }
 
