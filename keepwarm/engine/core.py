@@ -227,7 +227,7 @@ class EngineCore:
                 run.stream = self._free.pop(0)
                 self._model.forget(run.stream, 0, -1)
                 if held and held.n_tokens and self._store:
-                    self._model.load(run.stream, self._store.blob(held))
+                    self._store.restore(held, self._model, run.stream)
         finally:
             if held and self._store:
                 self._store.release(held)

@@ -34,6 +34,14 @@ class Held(Struct, frozen=True):
     n_tokens: int
 
 
+class _Assembled(Struct, frozen=True):
+    """What the assembly buffer holds: the state of `n_tokens` tokens, made of these nodes' bytes."""
+
+    nodes: tuple[Node, ...]
+    n_tokens: int
+    blob: Blob
+
+
 class PrefixStore:
     """One store for one model. `identity` names everything the bits depend on beside tokens and tenant."""
 
@@ -43,6 +51,7 @@ class PrefixStore:
         self._index = PrefixIndex()
         self._pins: dict[str, tuple[Node, ...]] = {}
         self._lock = threading.Lock()
+        self._assembled: _Assembled | None = None
         self._assembler = Assembler(layout, n_ctx, touched(layout.blob_bytes(n_ctx)))
 
     def pieces(self, prompt: Prompt) -> tuple[Piece, ...]:
@@ -68,10 +77,34 @@ class PrefixStore:
         with self._lock:
             self._index.unlock(held.nodes)
 
-    def blob(self, held: Held) -> Blob:
-        """The held tokens' state for `Model.load`; a view that the next call overwrites. Compute thread only."""
-        blocks = [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in held.nodes]
-        return self._assembler.blob(blocks, held.n_tokens)
+    def restore(self, held: Held, model: Model, stream: int) -> None:
+        """Put the held tokens' state into an empty stream. Compute thread only. Raises ModelFault.
+
+        The blob assembled last is used again when it begins with the same tokens: users who ask about one context in
+        turn pay for loading only, not for putting its blocks together. Cells that it has beyond are dropped.
+        """
+        if not self._begins_with(held):
+            blocks = [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in held.nodes]
+            self._assembled = None  # whatever happens in the middle, the buffer is not what it was
+            self._assembled = _Assembled(held.nodes, held.n_tokens, self._assembler.blob(blocks, held.n_tokens))
+        assert self._assembled is not None
+        model.load(stream, self._assembled.blob)
+        if self._assembled.n_tokens > held.n_tokens:
+            model.forget(stream, held.n_tokens, -1)
+
+    def _begins_with(self, held: Held) -> bool:
+        """Whether the assembled blob's first cells are the held ones, by identity of blocks and by their tokens."""
+        there = self._assembled
+        if there is None or there.n_tokens < held.n_tokens:
+            return False
+        if any(a is not b for a, b in zip(there.nodes, held.nodes[:-1], strict=False)):
+            return False
+        last, mine = there.nodes[len(held.nodes) - 1], held.nodes[-1]
+        n = held.n_tokens - mine.start
+        # Another block with the same first tokens has the same bits up to a multiple of the granularity.
+        return last is mine or (
+            last.start == mine.start and n % self.granularity == 0 and np.array_equal(last.tokens[:n], mine.tokens[:n])
+        )
 
     def n_missing(self, prompt: Prompt, n_evaluated: int) -> int:
         """How many of the first `n_evaluated` tokens could be stored and are not."""
