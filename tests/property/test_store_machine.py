@@ -106,7 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         held, cold, n_promised = self.held.pop(0)
         if held.n_tokens:
-            self.model.load(2, self.store.blob(held))
+            self.store.restore(held, self.model, 2)
             restored = values(self.model, 2)
             assert len(restored) == held.n_tokens
             assert np.array_equal(restored[:n_promised], cold[:n_promised])
@@ -117,7 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
         held = self.store.hold(prompt, want_logits=True)
         cold = self.cold(prompt)
         if held.n_tokens:
-            self.model.load(2, self.store.blob(held))
+            self.store.restore(held, self.model, 2)
             evaluate(self.model, prompt, stream=2, start=held.n_tokens, rows_max=64)
             assert np.array_equal(values(self.model, 2), cold)
         self.store.release(held)

@@ -93,11 +93,49 @@ def test_a_restored_stream_has_the_cold_cells_and_goes_on_like_it(g):
     shelf.save(joined(tokens(150), tokens(90, seed=2), marks=[150]))
     held = shelf.store.hold(ours, want_logits=True)
     assert held.n_tokens == 150
-    shelf.model.load(2, shelf.store.blob(held))
+    shelf.store.restore(held, shelf.model, 2)
     shelf.store.release(held)
     assert np.array_equal(values(shelf.model, 2), cold[:150])
     shelf.model.evaluate(2, ours.tokens[150:], 150, want_logits=False)
     assert np.array_equal(values(shelf.model, 2), cold)
+
+
+def test_a_context_asked_about_again_is_not_put_together_again(shelf):
+    context = tokens(192)
+    shelf.save(prompt(192))
+    cold = values(shelf.model)
+    for seed in (1, 2):
+        held = shelf.store.hold(joined(context, tokens(9, seed=seed)), want_logits=True)
+        shelf.store.restore(held, shelf.model, 1)
+        assert np.array_equal(values(shelf.model, 1), cold)
+        for node in held.nodes:
+            shelf.tier.bytes_of(node.slot)[:] = 0  # the second time they are not looked at
+        shelf.store.release(held)
+
+
+@pytest.mark.parametrize("g", [1, 8, 64])
+def test_restores_in_any_order_are_right(g):
+    shelf = Shelf(g=g)
+    base = tokens(200)
+    prompts = [
+        joined(base, tokens(60, seed=1)),
+        joined(base[:100], tokens(60, seed=2)),
+        joined(base[:128], tokens(60, seed=3), marks=[70]),
+        joined(base[:70], tokens(60, seed=4), marks=[70]),
+        joined(base, tokens(60, seed=1), tenant="b"),
+        joined(base[:129], tokens(60, seed=2), tenant="b"),
+    ]
+    cold = []
+    for one in prompts:
+        shelf.save(one)
+        cold.append(values(shelf.model))
+    for seed in range(3):
+        for i in np.random.default_rng(seed).permutation(len(prompts)):
+            held = shelf.store.hold(prompts[i], want_logits=True)
+            shelf.model.forget(1, 0, -1)
+            shelf.store.restore(held, shelf.model, 1)
+            shelf.store.release(held)
+            assert np.array_equal(values(shelf.model, 1), cold[i][: held.n_tokens])
 
 
 def test_another_tenant_finds_nothing(shelf):
@@ -141,7 +179,7 @@ def test_a_spent_stream_keeps_only_what_was_saved_and_stores_the_same(shelf):
     assert np.array_equal(values(shelf.model), cold[128:200])
     held = shelf.store.hold(second, want_logits=False)
     assert held.n_tokens == 200
-    shelf.model.load(1, shelf.store.blob(held))
+    shelf.store.restore(held, shelf.model, 1)
     shelf.store.release(held)
     assert np.array_equal(values(shelf.model, 1), cold[:200])
 
@@ -167,11 +205,12 @@ def test_a_budget_of_no_block_stores_nothing():
 def test_old_blocks_make_room_but_never_locked_ones():
     shelf = Shelf(blocks=6)
     shelf.save(prompt(192))
+    cold = values(shelf.model)
     held = shelf.store.hold(prompt(192), want_logits=False)
-    before = shelf.store.blob(held).copy()
     for seed in range(1, 8):
         assert shelf.save(prompt(320, seed=seed)) == 192  # three slots are left for it
-    assert np.array_equal(shelf.store.blob(held), before)
+    shelf.store.restore(held, shelf.model, 1)
+    assert np.array_equal(values(shelf.model, 1), cold)
     shelf.store.release(held)
     shelf.save(prompt(384, seed=50))
     assert shelf.found(prompt(192)) == 0
@@ -299,7 +338,7 @@ def test_leases_come_and_go_while_the_compute_thread_saves():
         for i in range(60):
             shelf.save(prompts[i % 4])
             held = shelf.store.hold(prompts[i % 4], want_logits=True)
-            shelf.model.load(1, shelf.store.blob(held))
+            shelf.store.restore(held, shelf.model, 1)
             shelf.store.release(held)
             assert np.array_equal(values(shelf.model, 1), cold[i % 4][: held.n_tokens])
     finally:
