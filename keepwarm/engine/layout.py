@@ -16,6 +16,7 @@ v_bytes), where v_rows is n_embd when V is transposed and 1 otherwise.
 
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
@@ -174,11 +175,17 @@ def cut(cells: Cells, start: int, n_cells: int, into: NDArray[np.uint8]) -> None
 
 
 class Assembler:
-    """Builds blobs out of blocks in one buffer, touched once and used again for every restore."""
+    """Builds blobs out of blocks in one buffer, touched once and used again for every restore.
 
-    def __init__(self, layout: Layout, n_cells_max: int, buffer: NDArray[np.uint8]) -> None:
+    With `pool`, layers are copied by its threads: transposed V is copied in runs of one block's cells (128 bytes), which
+    keeps a core busy rather than the memory (measured for 5,000 tokens: 55 ms by one thread, 30 by two).
+    """
+
+    def __init__(
+        self, layout: Layout, n_cells_max: int, buffer: NDArray[np.uint8], pool: ThreadPoolExecutor | None = None
+    ) -> None:
         assert len(buffer) >= layout.blob_bytes(n_cells_max)
-        self._layout, self._buffer = layout, buffer
+        self._layout, self._buffer, self._pool = layout, buffer, pool
 
     def blob(self, blocks: Sequence[tuple[NDArray[np.uint8], int]], n_cells: int) -> Blob:
         """The state of positions 0..n_cells-1 from (block bytes, cells in the block), in order; the last may have more.
@@ -188,16 +195,24 @@ class Assembler:
         layout = self._layout
         out = self._buffer[: layout.blob_bytes(n_cells)]
         self._write_heads(out, n_cells)
-        k, v = _views(out, layout, n_cells, 0)
+        assert sum(held for _, held in blocks) >= n_cells, n_cells
+        if self._pool is None:
+            self._copy(out, blocks, n_cells, slice(0, layout.n_layer))
+        else:
+            half = layout.n_layer // 2
+            parts = (slice(0, half), slice(half, layout.n_layer))
+            list(self._pool.map(lambda layers: self._copy(out, blocks, n_cells, layers), parts))
+        return out
+
+    def _copy(self, out: Blob, blocks: Sequence[tuple[NDArray[np.uint8], int]], n_cells: int, layers: slice) -> None:
+        k, v = _views(out, self._layout, n_cells, 0)
         at = 0
         for block, held in blocks:
             take = min(held, n_cells - at)
-            block_k, block_v = block_views(layout, block, held)
-            k[:, at : at + take] = block_k[:, :take]
-            v[:, :, at : at + take] = block_v[:, :, :take]
+            block_k, block_v = block_views(self._layout, block, held)
+            k[layers, at : at + take] = block_k[layers, :take]
+            v[layers, :, at : at + take] = block_v[layers, :, :take]
             at += take
-        assert at == n_cells, (at, n_cells)
-        return out
 
     def _write_heads(self, out: Blob, n_cells: int) -> None:
         layout, raw = self._layout, memoryview(out.data)

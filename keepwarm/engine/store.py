@@ -6,6 +6,7 @@ the index. A prompt's tenant is part of its chain's root, so nothing is ever fou
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
@@ -52,7 +53,8 @@ class PrefixStore:
         self._pins: dict[str, tuple[Node, ...]] = {}
         self._lock = threading.Lock()
         self._assembled: _Assembled | None = None
-        self._assembler = Assembler(layout, n_ctx, touched(layout.blob_bytes(n_ctx)))
+        self._pool = ThreadPoolExecutor(2, "assemble")
+        self._assembler = Assembler(layout, n_ctx, touched(layout.blob_bytes(n_ctx)), self._pool)
 
     def pieces(self, prompt: Prompt) -> tuple[Piece, ...]:
         """The prompt's pieces at this model's granularity."""
@@ -220,6 +222,10 @@ class PrefixStore:
     @property
     def tier_name(self) -> str:
         return self._tier.name
+
+    def close(self) -> None:
+        """End the threads that assemble."""
+        self._pool.shutdown()
 
     def check_integrity(self) -> None:
         """Assert index and tier agree: free + resident + pinned = total."""
