@@ -46,4 +46,9 @@ class RandomIds:
     """Ids from the operating system's random source."""
 
     def new(self, prefix: str) -> str:
-        return prefix + "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+        number = secrets.randbelow(len(ID_ALPHABET) ** ID_LENGTH)  # one draw: twenty cost a tenth of a small request
+        letters = []
+        for _ in range(ID_LENGTH):
+            number, digit = divmod(number, len(ID_ALPHABET))
+            letters.append(ID_ALPHABET[digit])
+        return prefix + "".join(letters)

@@ -24,12 +24,11 @@ from keepwarm.core.prompt import Lease, Plan, Prompt
 from keepwarm.engine import EngineState, EngineStatus, Tokenizer
 from keepwarm.engine.scripted import ScriptedVocab
 from keepwarm.engine.wire import (
-    FRAME_BYTES_MAX,
-    LENGTH,
     Cancel,
     Configure,
     Drop,
     Events,
+    FrameBuffer,
     LeaseFound,
     LoadFailed,
     LookUp,
@@ -44,6 +43,7 @@ from keepwarm.engine.wire import (
 RESTART_DELAY_S = 0.5  # the first wait before a restart; doubles up to limits.engine_restart_delay_s_max
 STALL_CHECK_S = 1.0
 LOG_TAIL_BYTES = 2000
+READ_BYTES = 1 << 18
 STOP_S = 5.0  # the process ends by itself when its socket closes; then it is killed
 RETRY_AFTER_S = 2  # a small model is back within this; clients that come earlier are told again
 
@@ -196,26 +196,28 @@ class LocalEngine:
 
     async def _read(self, reader: asyncio.StreamReader) -> str | None:
         """Take frames until the process is gone; returns why it refused to load, if it did."""
+        frames = FrameBuffer()
         while True:
             try:
-                (n,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-                assert n <= FRAME_BYTES_MAX, n
-                body = await reader.readexactly(n)
-            except (asyncio.IncompleteReadError, ConnectionError):
+                read = await reader.read(READ_BYTES)
+            except ConnectionError:
+                return None
+            if not read:
                 return None
             self._heard_at = self._clock.monotonic()
-            match decode_from_worker(body):
-                case Events(events):
-                    for turn_id, event in events:
-                        self._deliver(turn_id, event)
-                case LeaseFound(lease):
-                    waiting = self._leases.get(lease.lease_id)
-                    if waiting and not waiting.done():
-                        waiting.set_result(lease)
-                case StatusChanged(status):
-                    await self._set(status)
-                case LoadFailed(message):
-                    return message
+            for body in frames.feed(read):
+                match decode_from_worker(body):
+                    case Events(events):
+                        for turn_id, event in events:
+                            self._deliver(turn_id, event)
+                    case LeaseFound(lease):
+                        waiting = self._leases.get(lease.lease_id)
+                        if waiting and not waiting.done():
+                            waiting.set_result(lease)
+                    case StatusChanged(status):
+                        await self._set(status)
+                    case LoadFailed(message):
+                        return message
 
     def _deliver(self, turn_id: str, event: Event) -> None:
         events = self._turns.get(turn_id)

@@ -108,6 +108,29 @@ def encode(frame: ToWorker | FromWorker) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
+class FrameBuffer:
+    """Bytes as they come from the socket, to whole frames' bodies."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, read: bytes) -> list[bytes]:
+        """The bodies that are complete now, in order."""
+        data = self._bytes
+        data += read
+        bodies, at = [], 0
+        while len(data) - at >= LENGTH.size:
+            (n,) = LENGTH.unpack_from(data, at)
+            assert n <= FRAME_BYTES_MAX, n
+            end = at + LENGTH.size + n
+            if len(data) < end:
+                break
+            bodies.append(bytes(data[at + LENGTH.size : end]))
+            at = end
+        del data[:at]
+        return bodies
+
+
 def decode_to_worker(body: bytes) -> ToWorker:
     """One frame's body as the worker reads it."""
     return _TO_WORKER.decode(body)

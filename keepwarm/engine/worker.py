@@ -46,7 +46,8 @@ from keepwarm.engine.wire import (
 )
 
 PR_SET_PDEATHSIG = 1
-STATUS_INTERVAL_S = 0.2  # while busy; when work ends the counters are sent at once
+STATUS_INTERVAL_S = 0.2  # while busy
+IDLE_S = 0.01  # without work for this long the counters are sent at once
 SOCKET_BUFFER = 4 << 20
 KV_TYPE = "f16"
 LAYOUT_VERSION = "blocks-64.1"  # of what a block's bytes mean; part of every key
@@ -195,13 +196,20 @@ class Worker:
         busy = True
         while True:
             if not busy:
-                self._tell_status(core, EngineState.READY, detail)
-                self._take(core, self._inbox.get())
+                self._take(core, self._next_frame(core, detail))
             while not self._inbox.empty():
                 self._take(core, self._inbox.get())
             busy = core.step()
             if busy and self._clock.monotonic() - self._told_at > STATUS_INTERVAL_S:
                 self._tell_status(core, EngineState.READY, detail)
+
+    def _next_frame(self, core: EngineCore, detail: str) -> RunPlan | Cancel | Drop:
+        """Wait for work; the counters are told when none comes for a moment, not between two turns that follow at once."""
+        try:
+            return self._inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            self._tell_status(core, EngineState.READY, detail)
+            return self._inbox.get()
 
     def _take(self, core: EngineCore, frame: RunPlan | Cancel | Drop) -> None:
         match frame:
