@@ -62,29 +62,29 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds on everything a client or a fault could make grow."""
 
     body_bytes_max: int = 16 * MIB  # a 128k-token prompt is about 0.6 MB of text; documents and tools come on top
-    header_bytes_max: int = 32 * 1024
-    body_read_s_max: float = 60.0
-    keep_alive_s: int = 75
+    header_bytes_max: int = 32 * 1024  # common proxies allow 8 to 32 KiB
+    body_read_s_max: float = 60.0  # a slow upload, or a sender that stops
+    keep_alive_s: int = 75  # longer than the 60 s of most load balancers, so that they close first
     turns_max: int = 64  # running and queued; the next one gets 429 before any work
     turns_per_tenant_max: int = 48  # so that one tenant cannot fill the queue alone
     turn_s_max: float = 600.0  # a turn still running then ends with a timeout error
-    connections_max: int = 1024
-    stop_strings_max: int = 16
-    stop_bytes_max: int = 256
-    tools_max: int = 128
-    messages_max: int = 4096
-    choices_max: int = 5
-    top_logprobs_max: int = 20
-    schema_bytes_max: int = 64 * 1024
-    name_chars_max: int = 256
-    description_chars_max: int = 512
-    metadata_pairs_max: int = 16
-    metadata_key_chars_max: int = 64
-    metadata_value_chars_max: int = 512
-    tag_chars_max: int = 128
-    tags_per_object_max: int = 32
-    objects_per_tenant_max: int = 1000
-    list_page_max: int = 1000
+    connections_max: int = 1024  # below the usual limit of open files
+    stop_strings_max: int = 16  # Kimi allows 5, OpenAI 4; more do no harm
+    stop_bytes_max: int = 256  # Kimi allows 32; text is held back for as long
+    tools_max: int = 128  # Kimi's limit
+    messages_max: int = 4096  # the template's loop runs once for each
+    choices_max: int = 5  # Kimi's limit
+    top_logprobs_max: int = 20  # OpenAI's limit
+    schema_bytes_max: int = 64 * 1024  # a grammar grows with its schema
+    name_chars_max: int = 256  # Kimi's limit, as the next four
+    description_chars_max: int = 512  # Kimi's
+    metadata_pairs_max: int = 16  # Kimi's
+    metadata_key_chars_max: int = 64  # Kimi's
+    metadata_value_chars_max: int = 512  # Kimi's
+    tag_chars_max: int = 128  # Kimi's limit
+    tags_per_object_max: int = 32  # each is a row written with the object
+    objects_per_tenant_max: int = 1000  # each is rebuilt when the engine restarts
+    list_page_max: int = 1000  # Kimi names none; a page repeats all messages
     max_tokens_default: int = 1024  # Kimi's default
     prefill_delay_ms_max: float = 250.0  # the longest a prefill chunk may keep others' next token waiting
     event_queue_max: int = 4096  # events of one turn waiting for a slow client; then the turn is cancelled
@@ -93,7 +93,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     engine_stall_s_max: float = 120.0  # an engine with turns and no word for this long is restarted
     engine_restart_delay_s_max: float = 30.0  # back-off between restarts doubles up to this
     sse_comment_s: float = 15.0  # a comment line this often while nothing else is sent, so proxies keep the connection
-    db_busy_s_max: float = 10.0
+    db_busy_s_max: float = 10.0  # another process, the command line say, may hold the database
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):

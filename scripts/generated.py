@@ -20,7 +20,25 @@ from keepwarm.dialects.openai_error import OPENAI_ERRORS, ErrorRow
 ROOT = Path(__file__).parent.parent
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- /generated -->)", re.DOTALL)
 FIELD_COMMENT = re.compile(r"^    (?P<name>\w+):[^#\n]*(?:#\s*(?P<comment>.+))?$", re.MULTILINE)
+CONSTANT = re.compile(
+    r"^(?P<name>[A-Z_]*_(?:MAX|S))\b[^=\n]*= (?P<value>[\d_.* <]+)(?:#\s*(?P<comment>.+))?$", re.MULTILINE
+)
 KIB = 1024
+FIXED_BOUNDS = (  # not in the configuration: nobody has had a reason to change them
+    "keepwarm/app.py",
+    "keepwarm/storage.py",
+    "keepwarm/server/endpoints.py",
+    "keepwarm/gateway/warming.py",
+    "keepwarm/gateway/settling.py",
+    "keepwarm/cache/encode.py",
+    "keepwarm/cache/schema.py",
+    "keepwarm/cache/template.py",
+    "keepwarm/cache/tools.py",
+    "keepwarm/engine/scheduler.py",
+    "keepwarm/engine/wire.py",
+    "keepwarm/engine/local.py",
+    "keepwarm/engine/worker.py",
+)
 UNITS = {"bytes": "bytes", "s": "s", "ms": "ms", "chars": "characters"}  # a part of the name → unit; else a count
 
 CAUSES = {
@@ -92,6 +110,16 @@ def bounds_table() -> str:
     return table(("`limits.`", "default", "unit", "why"), rows)
 
 
+def fixed_bounds_table() -> str:
+    """Bounds that are constants of one module, with their value and the reason given beside them."""
+    rows = [
+        (f"`{found['name']}`", f"`{module}`", found["value"].strip(), found["comment"] or "")
+        for module in FIXED_BOUNDS
+        for found in CONSTANT.finditer((ROOT / module).read_text(encoding="utf-8"))
+    ]
+    return table(("constant", "in", "value", "why"), rows)
+
+
 def errors_table(errors: Mapping[ErrorKind, ErrorRow]) -> str:
     """A dialect's words for every kind of error, in the order of `ErrorKind`."""
     rows = [
@@ -113,6 +141,7 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "status-diagram": status_diagram,
     "bounds": bounds_table,
+    "fixed-bounds": fixed_bounds_table,
     "errors-kimi": lambda: errors_table(KIMI_ERRORS),
     "errors-openai": lambda: errors_table(OPENAI_ERRORS),
 }

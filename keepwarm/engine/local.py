@@ -41,7 +41,7 @@ from keepwarm.engine.wire import (
 )
 
 RESTART_DELAY_S = 0.5  # the first wait before a restart; doubles up to limits.engine_restart_delay_s_max
-STALL_CHECK_S = 1.0
+STALL_CHECK_S = 1.0  # how late a stall is noticed
 LOG_TAIL_BYTES = 2000
 READ_BYTES = 1 << 18
 STOP_S = 5.0  # the process ends by itself when its socket closes; then it is killed

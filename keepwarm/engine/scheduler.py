@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from keepwarm.core.prompt import Priority
 
-PASSED_OVER_MAX = 8
+PASSED_OVER_MAX = 8  # chunks given to shorter prompts before a long one goes first
 
 
 class Phase(Enum):
