@@ -221,3 +221,17 @@ def test_reuse_and_store_can_be_forbidden(rig):
     assert rig.run(tokens(300))[1].cache_read == 0
     assert rig.run(tokens(300), reuse=False)[1].cache_read == 0
     assert rig.run(tokens(300))[1].cache_read == 298
+
+
+@pytest.mark.parametrize("g", [1, 8, 64])
+def test_an_assembled_state_is_used_again_only_for_what_it_begins_with(g):
+    """Turns over one context, then over another, then over forks of both: each as if it ran alone."""
+    contexts = [tokens(400, seed=1), tokens(400, seed=2)]
+    questions = [tokens(30, seed=10 + i) for i in range(4)]
+    order = [(0, 0), (0, 1), (0, 0), (1, 2), (0, 3), (1, 1), (1, 2), (0, 2)]
+    rig = Rig(g=g)
+    for context, question in order:
+        for cut_at in (400, 250):
+            prompt = np.concatenate([contexts[context][:cut_at], questions[question]])
+            marks = [cut_at] if cut_at == 400 else []
+            assert rig.run(prompt, marks=marks)[0] == Rig(g=g).run(prompt, marks=marks)[0]
