@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import numpy as np
 import psutil
@@ -150,16 +150,19 @@ async def test_cancelling_the_reader_cancels_the_turn(config):
 
 
 async def test_a_turn_that_is_not_read_is_cancelled_when_its_queue_is_full(tmp_path):
-    async with running(config_of(tmp_path, event_queue_max=4)) as engine:
-        async with aclosing(engine.run(long_plan("slow"))) as events:
-            got = [await anext(events)]
-            await until(engine, lambda s: s.n_tokens_decoded)
-            await until(engine, idle)
-            got += [event async for event in events]
-        assert len(got) <= 1 + 4
-        assert isinstance(got[-1], Failed)
-        assert got[-1].kind is ErrorKind.CLIENT_CLOSED
-        assert "4 events were not read" in got[-1].message
+    async with running(config_of(tmp_path, event_queue_max=4)) as engine, AsyncExitStack() as stack:
+        turns = [await stack.enter_async_context(aclosing(engine.run(long_plan(f"t{i}")))) for i in range(8)]
+        got = await asyncio.gather(*(anext(events) for events in turns))
+        assert len(got) == 8
+        status = await until(engine, lambda s: idle(s) and s.n_tokens_decoded)
+        assert status.n_tokens_decoded < 8 * (N_LONG - 1)
+        for first, events in zip(got, turns, strict=True):
+            rest = [event async for event in events]
+            last = [first, *rest][-1]
+            assert len(rest) <= 4
+            assert isinstance(last, Failed)
+            assert last.kind is ErrorKind.CLIENT_CLOSED
+            assert "4 events were not read" in last.message
 
 
 async def test_drop_gives_back_what_was_pinned(config):

@@ -14,6 +14,8 @@ from keepwarm.core.event import Finished, Started
 from keepwarm.core.prompt import Lease, OutputRules, Plan, Prompt
 from keepwarm.core.request import Sampling
 from keepwarm.engine import EngineState
+from keepwarm.engine.scripted import LAYOUT
+from keepwarm.engine.store import slot_bytes
 from keepwarm.engine.wire import (
     FRAME_BYTES_MAX,
     LENGTH,
@@ -33,6 +35,7 @@ from keepwarm.engine.wire import (
 from keepwarm.engine.worker import Channel
 from tests.unit.engine.conftest import tokens
 
+BLOCK_BYTES = slot_bytes(LAYOUT)
 WAIT_S = 30.0  # a hang is a failure
 CONFIG = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1 << 20))
 
@@ -81,14 +84,14 @@ def test_a_broken_length_is_not_waited_for(pair):
 def test_two_threads_send_whole_frames(pair):
     ours, theirs = pair
     channel = Channel(theirs)
-    frames = {text: LoadFailed(text * 5000) for text in "xy"}
-    senders = [threading.Thread(target=lambda f=f: [channel.send(f) for _ in range(50)]) for f in frames.values()]
+    frames = {text: LoadFailed(text * 1_000_000) for text in "xy"}  # more than the socket takes at once
+    senders = [threading.Thread(target=lambda f=f: [channel.send(f) for _ in range(5)]) for f in frames.values()]
     for sender in senders:
         sender.start()
-    got = [receive(ours) for _ in range(100)]
+    got = [receive(ours) for _ in range(10)]
     for sender in senders:
         sender.join()
-    assert sorted(frame.message[0] for frame in got) == ["x"] * 50 + ["y"] * 50
+    assert sorted(frame.message[0] for frame in got) == ["x"] * 5 + ["y"] * 5
     assert all(frame in frames.values() for frame in got)
 
 
@@ -200,6 +203,30 @@ def test_a_life_of_the_process():
 
         spoken.sock.close()
         assert spoken.process.wait(WAIT_S) == 0
+
+
+def test_a_lease_keeps_its_blocks_until_it_is_given_back():
+    config = Config(model=CONFIG.model, cache=CacheConfig(host_bytes=4 * BLOCK_BYTES))
+    kept = Prompt("a", tokens(128))
+    with worker(config) as spoken:
+
+        def found(lease_id):
+            spoken.send(LookUp(lease_id, kept))
+            return spoken.until(lambda f: isinstance(f, LeaseFound))[-1].lease.n_tokens
+
+        def fill(turn_id, seed):
+            spoken.run(plan(turn_id, tokens(256, seed=seed)))
+            spoken.idle()
+
+        spoken.ready()
+        spoken.run(plan("t1", kept.tokens))
+        spoken.idle()
+        assert found("one") == 126
+        fill("t2", seed=1)
+        assert found("two") == 126
+        spoken.send(Release("one"), Release("two"))
+        fill("t3", seed=2)
+        assert found("three") == 0
 
 
 def test_it_ends_when_its_socket_does_before_it_was_configured():
