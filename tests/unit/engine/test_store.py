@@ -1,6 +1,7 @@
 """The prefix store over the scripted model: what is held, saved, pinned and evicted, in exact numbers."""
 
 import threading
+from itertools import chain, permutations
 
 import numpy as np
 import pytest
@@ -124,18 +125,28 @@ def test_restores_in_any_order_are_right(g):
         joined(base[:70], tokens(60, seed=4), marks=[70]),
         joined(base, tokens(60, seed=1), tenant="b"),
         joined(base[:129], tokens(60, seed=2), tenant="b"),
+        joined(tokens(64, seed=8), base[:70]),
+        joined(tokens(64, seed=9), base[:70]),  # the same block, not after the same
     ]
-    cold = []
     for one in prompts:
         shelf.save(one)
+    asked = [
+        *prompts,
+        joined(base[:160], tokens(9, seed=7)),  # less of what was assembled before
+        joined(base[:70], tokens(9, seed=7), marks=[70]),  # the same tokens, but cut there
+        joined(base[:77], tokens(9, seed=7)),
+        joined(base[:140], tokens(9, seed=7), tenant="b"),
+    ]
+    cold = []
+    for one in asked:
+        evaluate(shelf.model, one)
         cold.append(values(shelf.model))
-    for seed in range(3):
-        for i in np.random.default_rng(seed).permutation(len(prompts)):
-            held = shelf.store.hold(prompts[i], want_logits=True)
-            shelf.model.forget(1, 0, -1)
-            shelf.store.restore(held, shelf.model, 1)
-            shelf.store.release(held)
-            assert np.array_equal(values(shelf.model, 1), cold[i][: held.n_tokens])
+    for i in chain.from_iterable(permutations(range(len(asked)), 2)):  # each after each other
+        held = shelf.store.hold(asked[i], want_logits=True)
+        assert held.n_tokens
+        shelf.store.restore(held, shelf.model, 1)
+        shelf.store.release(held)
+        assert np.array_equal(values(shelf.model, 1), cold[i][: held.n_tokens])
 
 
 def test_another_tenant_finds_nothing(shelf):
