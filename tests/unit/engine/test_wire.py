@@ -3,6 +3,8 @@
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keepwarm.config import Config, ModelConfig
 from keepwarm.core.errors import ErrorKind
@@ -135,3 +137,22 @@ def test_the_two_directions_are_not_mixed_up():
         wire.decode_to_worker(body(wire.LoadFailed("x")))
     with pytest.raises(msgspec.ValidationError):
         wire.decode_from_worker(body(wire.Cancel("x")))
+
+
+@given(st.lists(st.integers(1, 40), max_size=40))
+def test_frames_are_found_however_they_arrive(sizes):
+    frames = [wire.Cancel("a" * n) for n in (0, 1, 300)]
+    raw = b"".join(map(wire.encode, frames))
+    buffer, got, at = wire.FrameBuffer(), [], 0
+    for size in [*sizes, len(raw)]:
+        bodies = buffer.feed(raw[at : at + size])
+        at += size
+        got += [wire.decode_to_worker(body) for body in bodies]
+        assert len(wire.encode(frames[0])) <= at or not got
+    assert got == frames
+    assert buffer.feed(b"") == []
+
+
+def test_a_broken_length_is_not_waited_for():
+    with pytest.raises(AssertionError):
+        wire.FrameBuffer().feed(wire.LENGTH.pack(wire.FRAME_BYTES_MAX + 1))
