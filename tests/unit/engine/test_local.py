@@ -94,6 +94,13 @@ def worker_pids():
     return [child.pid for child in children if "keepwarm.engine.worker" in child.cmdline()]
 
 
+async def stopped(pid):
+    """Keep a process from computing; its sockets stay open."""
+    os.kill(pid, signal.SIGSTOP)
+    while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - the kernel tells nobody
+        await asyncio.sleep(0.001)
+
+
 async def test_a_turn_a_lease_and_a_warm_turn(config):
     async with running(config) as engine:
         assert engine.status().model.granularity == 1
@@ -182,7 +189,7 @@ async def test_a_crash_fails_the_turns_in_flight_and_begins_a_new_epoch(config, 
         (pid,) = worker_pids()
         model = engine.status().model
         await events_of(engine, plan("t0"))
-        os.kill(pid, signal.SIGSTOP)  # so that the turns are in flight for sure
+        await stopped(pid)  # so that the turns are in flight for sure
         turns = [asyncio.ensure_future(events_of(engine, plan(f"t{i}"))) for i in (1, 2)]
         leasing = asyncio.ensure_future(engine.lease(plan("t3").prompt).__aenter__())
         await asyncio.sleep(0)
@@ -251,7 +258,7 @@ async def test_before_it_is_ready_everything_is_refused(config):
 async def test_stopping_ends_the_turns_and_the_process(config):
     async with running(config) as engine:
         (pid,) = worker_pids()
-        os.kill(pid, signal.SIGSTOP)
+        await stopped(pid)
         turn = asyncio.ensure_future(events_of(engine, plan("t1")))
         await asyncio.sleep(0)
     (failed,) = await turn
