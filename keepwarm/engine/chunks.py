@@ -76,6 +76,8 @@ def next_rows(pos: int, parts: Sequence[Piece], g: int, rows_max: int) -> int:
 
 def storable(n_evaluated: int, parts: Sequence[Piece], g: int) -> int:
     """How many of the first `n_evaluated` tokens have bits that other prompts may share (an open remainder has not)."""
+    if g == 1 and parts and parts[-1].end == 1:
+        return 0  # a prompt of one token is a single row, whose bits no longer prompt has
     for piece in parts:
         if n_evaluated >= piece.end and piece.closed:
             continue

@@ -176,7 +176,8 @@ class EngineCore:
         )
         views = [run.view() for run in self._runs.values()]
         action = decide(views, len(self._free), pace, prefilled_last=self._prefilled_last)
-        self._prefilled_last = isinstance(action, Prefill)
+        if isinstance(action, Prefill | Decode):  # an admission between two chunks does not make them less in a row
+            self._prefilled_last = isinstance(action, Prefill)
         match action:
             case Admit(turn_id):
                 self._guarded([self._runs[turn_id]], self._admit)
@@ -206,7 +207,7 @@ class EngineCore:
         try:
             work(runs)
         except ModelFault as exc:
-            for run in runs:
+            for run in [run for run in runs if run.plan.turn_id in self._runs]:  # some may have ended before the fault
                 self._fail(run, Failed(ErrorKind.INTERNAL, f"the model could not go on: {exc}", run.usage()))
 
     # --- admission: look up, wait for a donor, restore

@@ -22,7 +22,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from keepwarm.engine.model import Blob
+from keepwarm.engine.model import Blob, ModelFault
 
 BLOCK_TOKENS = 64  # small enough to lose little at a branch, large enough to copy in few strides (docs/decisions/0004)
 CELL_BYTES = 12
@@ -33,7 +33,7 @@ PLAIN_HEAD = struct.Struct("<iQ")
 TRANSPOSED_HEAD = struct.Struct("<iII")
 
 
-class LayoutFault(Exception):
+class LayoutFault(ModelFault):
     """The blob is not of the form above, so it cannot be cut: no caching for this model."""
 
 
@@ -109,7 +109,7 @@ def parse(blob: Blob) -> Cells:
     """Read a blob whole. Raises LayoutFault when it is not exactly of the known form."""
     try:
         return _parse(blob)
-    except struct.error as exc:
+    except (struct.error, ValueError, OverflowError) as exc:  # a header counts or points beyond the blob
         raise LayoutFault(f"state blob ends early: {exc}") from exc
 
 
@@ -129,6 +129,8 @@ def _parse(blob: Blob) -> Cells:
     at += CELL_BYTES * n_cells
     v_trans, n_layer = KV_HEAD.unpack_from(raw, at)
     at += KV_HEAD.size
+    if v_trans > 1 or not n_layer:
+        raise LayoutFault(f"state blob says v_trans = {v_trans}, n_layer = {n_layer}")
     k_type, k_row = PLAIN_HEAD.unpack_from(raw, at)
     v_at = at + n_layer * (PLAIN_HEAD.size + n_cells * k_row)
     if v_trans:
@@ -140,6 +142,8 @@ def _parse(blob: Blob) -> Cells:
     if layout.blob_bytes(n_cells) != len(blob):
         raise LayoutFault(f"state blob has {len(blob)} bytes, its headers say {layout.blob_bytes(n_cells)}")
     _check_layer_heads(raw, layout, n_cells, shift)
+    if blob[len(blob) - COUNT.size * (n_stream - 1) + shift :].any():
+        raise LayoutFault("state blob has cells in several streams")
     if (meta[:, 1] != 1).any():
         raise LayoutFault("a cell belongs to several sequences")
     k, v = _views(blob, layout, n_cells, shift)

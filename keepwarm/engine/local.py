@@ -44,7 +44,7 @@ RESTART_DELAY_S = 0.5  # the first wait before a restart; doubles up to limits.e
 STALL_CHECK_S = 1.0  # how late a stall is noticed
 LOG_TAIL_BYTES = 2000
 READ_BYTES = 1 << 18
-STOP_S = 5.0  # the process ends by itself when its socket closes; then it is killed
+STOP_S = 2.0  # the process ends by itself when its socket closes; then it is killed
 RETRY_AFTER_S = 2  # a small model is back within this; clients that come earlier are told again
 
 
@@ -166,13 +166,14 @@ class LocalEngine:
     async def _live(self, epoch: int) -> None:
         """One life of the process, from start to end of its socket."""
         await self._set(EngineStatus(EngineState.STARTING, epoch, "starting the engine process"))
+        environment = await asyncio.to_thread(self._config.engine_environment)  # counts cores: reads files
         ours, theirs = socket.socketpair()
         log = await asyncio.to_thread(self._open_log)
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "keepwarm.engine.worker", str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=log,
-                env=self._config.engine_environment(),
+                env=environment,
             )  # fmt: skip
         finally:
             theirs.close()
@@ -188,9 +189,7 @@ class LocalEngine:
         finally:
             self._writer.close()
             self._writer = None
-            if self._process.returncode is None:
-                self._process.kill()
-            await self._process.wait()
+            await self._stop()
         if refused is not None:
             raise EngineFault(refused)
 
@@ -293,10 +292,9 @@ class LocalEngine:
 
     async def _stop(self) -> None:
         if self._process and self._process.returncode is None:
-            self._process.terminate()
             try:
                 async with asyncio.timeout(STOP_S):
-                    await self._process.wait()
+                    await self._process.wait()  # not killed at once: Popen.kill may reap it, and asyncio then says 255
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

@@ -48,7 +48,7 @@ class Measurements:
         self._path = path
         try:
             self._all = msgspec.json.decode(path.read_bytes(), type=dict[str, Measured])
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             self._all = {}
 
     def of(self, key: str) -> Measured:

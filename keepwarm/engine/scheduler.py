@@ -118,4 +118,6 @@ def _fairest(queued: Sequence[View], views: Sequence[View]) -> View:
 
 def _neediest(prefilling: Sequence[View]) -> View:
     starved = [v for v in prefilling if v.passed_over >= PASSED_OVER_MAX]
-    return starved[0] if starved else min(prefilling, key=lambda v: v.n_left)
+    if starved:
+        return max(starved, key=lambda v: v.passed_over)
+    return min(prefilling, key=lambda v: v.n_left)

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from typing import Literal
 
@@ -169,6 +170,19 @@ class Worker:
     # --- reader thread
 
     def _read(self) -> None:
+        """Take frames until the gateway is gone or sends what it never should; the process ends either way."""
+        status = 1
+        try:
+            self._take_frames()
+            status = 0
+        except ConnectionError:
+            status = 0  # the gateway is gone with frames unread
+        except Exception:  # noqa: BLE001 - a thread's exception would not end the process
+            traceback.print_exc()  # into the engine's log: its last words
+        finally:
+            os._exit(status)  # the compute thread may be deep in llama.cpp
+
+    def _take_frames(self) -> None:
         while (frame := self._channel.receive()) is not None:
             match frame:
                 case LookUp():
@@ -181,7 +195,6 @@ class Worker:
                     self._inbox.put(frame)
                 case Configure():
                     raise AssertionError("configured twice")
-        os._exit(0)  # the gateway is gone; the compute thread may be deep in llama.cpp
 
     def _look_up(self, frame: LookUp) -> Lease:
         if self._store is None:

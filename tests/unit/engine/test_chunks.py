@@ -87,3 +87,7 @@ def test_storable_is_shareable(prompt, g, n_evaluated):
     assert min(n_evaluated, n) - kept < g
     piece = next((p for p in parts if p.start < kept <= p.end), None)
     assert piece is None or (kept - piece.start) % g == 0 or (piece.closed and kept == piece.end)
+
+
+def test_a_row_evaluated_alone_is_not_shared():
+    assert storable(1, pieces(1, [], 1), 1) == 0

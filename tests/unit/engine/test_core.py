@@ -235,3 +235,27 @@ def test_an_assembled_state_is_used_again_only_for_what_it_begins_with(g):
             prompt = np.concatenate([contexts[context][:cut_at], questions[question]])
             marks = [cut_at] if cut_at == 400 else []
             assert rig.run(prompt, marks=marks)[0] == Rig(g=g).run(prompt, marks=marks)[0]
+
+
+def test_arriving_turns_do_not_hold_up_decoding():
+    rig = Rig()
+    rig.submit(tokens(60), n_out=400)
+    while not rig.core.counters.decoded:
+        rig.core.step()
+    calls = []
+    evaluate, decode = rig.model.evaluate, rig.model.decode
+    rig.model.evaluate = lambda *a, **k: (calls.append("p"), evaluate(*a, **k))[1]
+    rig.model.decode = lambda steps: (calls.append("d"), decode(steps))[1]
+    for i in range(6):  # each is admitted and evaluated in one chunk
+        rig.submit(tokens(20, seed=i + 1), n_out=0, tenant=str(i))
+        rig.core.step()
+        rig.core.step()
+    assert "pp" not in "".join(calls), calls
+
+
+def test_a_prompt_of_one_token_does_not_change_the_answer_of_longer_ones():
+    prompt = tokens(40)
+    expected, _ = Rig().run(prompt)
+    rig = Rig()
+    rig.run(prompt[:1])  # a row evaluated alone has other bits
+    assert rig.run(prompt)[0] == expected

@@ -122,6 +122,51 @@ def test_an_assembled_blob_of_stream_0_is_the_original_byte_by_byte(w):
     assert rebuilt.tobytes() == bytes(original.raw)
 
 
+@given(written(cells_max=6), st.data())
+def test_a_corrupted_header_is_refused_or_seen_in_the_layout(w, data):
+    name = data.draw(st.sampled_from(sorted(w.fields)))
+    size = struct.calcsize(w.fields[name][1])
+    edges = [0, 1, 2, 3, 255, 2**16, 2**31 - 1]
+    value = data.draw(st.sampled_from(edges) | st.integers(0, 2 ** (8 * size - 1) - 1))
+    blob = w.with_field(name, value)
+    if blob.tobytes() == w.blob.tobytes():
+        return
+    try:
+        cells = parse(blob)
+    except LayoutFault:
+        return
+    assert cells.layout != w.layout, f"{name} = {value} went unnoticed"
+
+
+@given(written(cells_max=4), st.data())
+def test_any_four_bytes_of_garbage_raise_layout_fault_or_nothing(w, data):
+    blob = w.blob.copy()
+    at = data.draw(st.integers(0, len(blob) - 4))
+    blob[at : at + 4] = np.frombuffer(data.draw(st.binary(min_size=4, max_size=4)), np.uint8)
+    try:
+        parse(blob)
+    except LayoutFault:
+        pass
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_refused(raw):
+    with pytest.raises(LayoutFault):
+        parse(np.frombuffer(raw, np.uint8))
+
+
+@pytest.mark.parametrize("v_trans", [False, True])
+@pytest.mark.parametrize("stream", [0, 2])
+def test_every_truncated_blob_is_refused(v_trans, stream):
+    layout = Layout(1, 2, 3, 2, 0, 5, 1, v_trans, 3 if v_trans else 1, 2)
+    w = Written(layout, 3, stream)
+    for n in range(len(w.blob)):
+        with pytest.raises(LayoutFault):
+            parse(w.blob[:n])
+    with pytest.raises(LayoutFault):
+        parse(np.append(w.blob, np.uint8(0)))
+
+
 def test_a_cell_of_two_sequences_is_refused():
     w = Written(Layout(1, 2, 1, 1, 0, 4, 0, True, 2, 2), 3, 0)
     with pytest.raises(LayoutFault, match="several sequences"):

@@ -63,6 +63,7 @@ def test_saving_keeps_other_machines_entries(path):
         b'{"key": {"attention": "sideways"}}',
         b'{"key": {"granularity": {"flash": "8"}}}',
         b"\x00\xff\xfe",
+        b'{"\xff": {}}',
     ],
 )
 def test_a_corrupt_file_is_ignored_and_replaced(path, content):

@@ -244,6 +244,15 @@ def test_it_ends_when_its_socket_does_in_the_middle_of_turns():
         spoken.process.wait(WAIT_S)
 
 
+def test_it_ends_when_its_socket_does_with_frames_unread():
+    with worker(CONFIG) as spoken:
+        spoken.ready()
+        spoken.send(LookUp("lease", Prompt("a", tokens(10))))
+        assert spoken.sock.recv(1, socket.MSG_PEEK)  # the answer is here; it is never read
+        spoken.sock.close()
+        spoken.process.wait(WAIT_S)
+
+
 def test_what_cannot_be_loaded_is_said_and_ends_it(tmp_path):
     pytest.importorskip("llama_cpp")
     missing = str(tmp_path / "missing.gguf")
@@ -253,6 +262,16 @@ def test_what_cannot_be_loaded_is_said_and_ends_it(tmp_path):
         assert missing in failed.message
         assert receive(spoken.sock) is None
         assert spoken.process.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xc1", encode(Configure(CONFIG, 4, "again"))[4:]], ids=["garbage", "configured twice"]
+)
+def test_a_frame_that_is_a_bug_ends_it(raw):
+    with worker(CONFIG) as spoken:
+        spoken.ready()
+        spoken.sock.sendall(LENGTH.pack(len(raw)) + raw)
+        assert spoken.process.wait(WAIT_S) != 0
 
 
 def test_without_caching_everything_is_evaluated():
