@@ -178,6 +178,9 @@ def cut(cells: Cells, start: int, n_cells: int, into: NDArray[np.uint8]) -> None
     v[...] = cells.v[:, :, start : start + n_cells]
 
 
+Blocks = Sequence[tuple[NDArray[np.uint8], int]]  # (a block's bytes, cells in it), in order
+
+
 class Assembler:
     """Builds blobs out of blocks in one buffer, touched once and used again for every restore.
 
@@ -191,7 +194,7 @@ class Assembler:
         assert len(buffer) >= layout.blob_bytes(n_cells_max)
         self._layout, self._buffer, self._pool = layout, buffer, pool
 
-    def blob(self, blocks: Sequence[tuple[NDArray[np.uint8], int]], n_cells: int) -> Blob:
+    def blob(self, blocks: Blocks, n_cells: int) -> Blob:
         """The state of positions 0..n_cells-1 from (block bytes, cells in the block), in order; the last may have more.
 
         The result is a view that the next call overwrites.
@@ -199,20 +202,24 @@ class Assembler:
         layout = self._layout
         out = self._buffer[: layout.blob_bytes(n_cells)]
         self._write_heads(out, n_cells)
-        assert sum(held for _, held in blocks) >= n_cells, n_cells
-        if self._pool is None:
-            self._copy(out, blocks, n_cells, slice(0, layout.n_layer))
-        else:
-            half = layout.n_layer // 2
-            parts = (slice(0, half), slice(half, layout.n_layer))
-            list(self._pool.map(lambda layers: self._copy(out, blocks, n_cells, layers), parts))
+        self.patch(out, n_cells, blocks, 0, n_cells)
         return out
 
-    def _copy(self, out: Blob, blocks: Sequence[tuple[NDArray[np.uint8], int]], n_cells: int, layers: slice) -> None:
+    def patch(self, out: Blob, n_cells: int, blocks: Blocks, start: int, end: int) -> None:
+        """Write cells start..end-1 of a blob of `n_cells` cells that `blob` made from (block bytes, cells in the block)."""
+        assert sum(held for _, held in blocks) >= end - start, (start, end)
+        n_layer = self._layout.n_layer
+        if self._pool is None:
+            self._copy(out, n_cells, blocks, start, end, slice(0, n_layer))
+        else:
+            parts = (slice(0, n_layer // 2), slice(n_layer // 2, n_layer))
+            list(self._pool.map(lambda layers: self._copy(out, n_cells, blocks, start, end, layers), parts))
+
+    def _copy(self, out: Blob, n_cells: int, blocks: Blocks, start: int, end: int, layers: slice) -> None:
         k, v = _views(out, self._layout, n_cells, 0)
-        at = 0
+        at = start
         for block, held in blocks:
-            take = min(held, n_cells - at)
+            take = min(held, end - at)
             block_k, block_v = block_views(self._layout, block, held)
             k[layers, at : at + take] = block_k[layers, :take]
             v[layers, :, at : at + take] = block_v[layers, :, :take]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from keepwarm.core.prompt import Prompt
 from keepwarm.engine.chunks import Piece, pieces, storable, usable
@@ -18,6 +19,8 @@ from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model
 from keepwarm.engine.prefix import BlockKey, Missing, Node, PrefixIndex, root_key
 from keepwarm.engine.tiers import Tier
+
+SLACK = 8  # a buffer with up to an eighth more cells than wanted is loaded as it is
 
 
 class NoRoom(Exception):
@@ -36,11 +39,22 @@ class Held(Struct, frozen=True):
 
 
 class _Assembled(Struct, frozen=True):
-    """What the assembly buffer holds: the state of `n_tokens` tokens, made of these nodes' bytes."""
+    """The assembly buffer: a blob of `n_cells` cells, of which the first `n_tokens` are these nodes' tokens."""
 
     nodes: tuple[Node, ...]
     n_tokens: int
+    n_cells: int
     blob: Blob
+
+
+def _n_same(there: _Assembled, held: Held) -> int:
+    """How many of the held nodes the buffer has already, as far as they are held. A node's bytes never change."""
+    n_same = 0
+    for mine, has in zip(held.nodes, there.nodes, strict=False):
+        if mine is not has or min(mine.end, held.n_tokens) > there.n_tokens:
+            break
+        n_same += 1
+    return n_same
 
 
 class PrefixStore:
@@ -82,31 +96,27 @@ class PrefixStore:
     def restore(self, held: Held, model: Model, stream: int) -> None:
         """Put the held tokens' state into an empty stream. Compute thread only. Raises ModelFault.
 
-        The blob assembled last is used again when it begins with the same tokens: users who ask about one context in
-        turn pay for loading only, not for putting its blocks together. Cells that it has beyond are dropped.
+        The blob assembled last is used again when it has room for the held tokens: only blocks that it does not hold yet
+        are copied into it, so users who ask about one context in turn pay for loading, not for putting its blocks
+        together. Cells that it has beyond are dropped from the stream.
         """
-        if not self._begins_with(held):
-            blocks = [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in held.nodes]
-            self._assembled = None  # whatever happens in the middle, the buffer is not what it was
-            self._assembled = _Assembled(held.nodes, held.n_tokens, self._assembler.blob(blocks, held.n_tokens))
-        assert self._assembled is not None
-        model.load(stream, self._assembled.blob)
-        if self._assembled.n_tokens > held.n_tokens:
+        there, self._assembled = self._assembled, None  # if copying fails, the buffer is nothing any more
+        if there is None or not held.n_tokens <= there.n_cells <= held.n_tokens + held.n_tokens // SLACK + BLOCK_TOKENS:
+            blob = self._assembler.blob(self._bytes(held.nodes), held.n_tokens)
+            there = _Assembled(held.nodes, held.n_tokens, held.n_tokens, blob)
+        else:
+            n_same = _n_same(there, held)
+            if n_same < len(held.nodes):
+                start = held.nodes[n_same].start
+                self._assembler.patch(there.blob, there.n_cells, self._bytes(held.nodes[n_same:]), start, held.n_tokens)
+                there = _Assembled(held.nodes, held.n_tokens, there.n_cells, there.blob)
+        self._assembled = there
+        model.load(stream, there.blob)
+        if there.n_cells > held.n_tokens:
             model.forget(stream, held.n_tokens, -1)
 
-    def _begins_with(self, held: Held) -> bool:
-        """Whether the assembled blob's first cells are the held ones, by identity of blocks and by their tokens."""
-        there = self._assembled
-        if there is None or there.n_tokens < held.n_tokens:
-            return False
-        if any(a is not b for a, b in zip(there.nodes, held.nodes[:-1], strict=False)):
-            return False
-        last, mine = there.nodes[len(held.nodes) - 1], held.nodes[-1]
-        n = held.n_tokens - mine.start
-        # Another block with the same first tokens has the same bits up to a multiple of the granularity.
-        return last is mine or (
-            last.start == mine.start and n % self.granularity == 0 and np.array_equal(last.tokens[:n], mine.tokens[:n])
-        )
+    def _bytes(self, nodes: Sequence[Node]) -> list[tuple[NDArray[np.uint8], int]]:
+        return [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in nodes]
 
     def n_missing(self, prompt: Prompt, n_evaluated: int) -> int:
         """How many of the first `n_evaluated` tokens could be stored and are not."""

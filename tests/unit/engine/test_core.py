@@ -259,3 +259,16 @@ def test_a_prompt_of_one_token_does_not_change_the_answer_of_longer_ones():
     rig = Rig()
     rig.run(prompt[:1])  # a row evaluated alone has other bits
     assert rig.run(prompt)[0] == expected
+
+
+def test_a_block_that_the_assembled_state_has_in_part_is_copied_again(rig):
+    """A's state is assembled, then the beginning of B's last block written into it, then all of that block is wanted."""
+    first, second = tokens(500, seed=1), tokens(500, seed=1)
+    second[448:] = tokens(52, seed=2)
+    fork = np.concatenate([second[:470], tokens(30, seed=3)])
+    expected = Rig().run(second)[0]
+    for prompt in (first, second, first, first, fork):
+        rig.run(prompt)
+    text, usage = rig.run(second)
+    assert usage.cache_read == 498
+    assert text == expected
