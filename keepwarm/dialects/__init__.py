@@ -67,7 +67,6 @@ class Identity(Struct, frozen=True):
 
     turn_id: str
     created: int
-    cache_warms: bool = False
 
 
 class Parsed(Struct, frozen=True):

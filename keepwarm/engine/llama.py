@@ -277,11 +277,6 @@ class LlamaModel:
             raise ModelFault(f"llama.cpp wrote {written} of {n} bytes of a stream's state")
         return self._scratch[:n]
 
-    def reserve_scratch(self, n_bytes: int) -> None:
-        """Make the save buffer large enough now, so that no later save pays for page faults."""
-        if n_bytes > len(self._scratch):
-            self._scratch = touched(n_bytes)
-
     def load(self, stream: int, blob: Blob) -> None:
         self.forget(stream, 0, -1)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

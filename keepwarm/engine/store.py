@@ -139,10 +139,10 @@ class PrefixStore:
         with self._lock:
             have, wanted = self._index.missing(root, prompt.tokens, parts, n)
             self._index.lock(have.nodes)
-            if pin is not None:
-                self._need_room(len(wanted), have.nodes)
         path = list(have.nodes)
         try:
+            if pin is not None:
+                self._need_room(len(wanted))
             if wanted:
                 self._add(prompt, root, path, wanted, model, stream, spend=spend)
             with self._lock:
@@ -157,10 +157,10 @@ class PrefixStore:
                 self._index.unlock(path)
         return sum(len(node.tokens) for node in path[len(have.nodes) :])
 
-    def _need_room(self, n_blocks: int, besides: Sequence[Node]) -> None:
-        free = self._tier.n_free + self._index.n_reclaimable()
+    def _need_room(self, n_blocks: int) -> None:
+        with self._lock:
+            free = self._tier.n_free + self._index.n_reclaimable()
         if n_blocks > free:
-            self._index.unlock(besides)
             raise NoRoom(n_blocks * self._tier.slot_bytes, free * self._tier.slot_bytes)
 
     def _add(
