@@ -5,6 +5,7 @@ bounds is checked against `Limits` (tests/test_docs.py). Nothing else reads the 
 """
 
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that th
     "gemini-1.5-flash-001",
 )
 MIB = 1024 * 1024
+DISK_BYTES_DEFAULT = 10_000_000_000
 
 
 class ConfigError(Exception):
@@ -50,6 +52,9 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The prefix store and cache objects."""
 
     host_bytes: int | None = None  # None: a quarter of RAM
+    disk_bytes: int | None = None  # None: 10 GB, or a tenth of the free disk if that is less; 0: no disk tier
+    policy: Literal["cost", "lru", "s3fifo"] = "cost"  # what is evicted first (docs/eviction.md)
+    tenant_lease_bytes_max: int | None = None  # bytes of all leases of a tenant; None: whatever the disk tier holds
     auto_tokens_min: int = 512  # automatic reuse from this prompt length on, as MiniMax documents it
     default_ttl_s: int = 3600  # Kimi's 2025 default; the 2024 edition says a day
     ttl_max_s: int = 86400  # Kimi's page says an hour, its own examples reset to a day
@@ -111,6 +116,19 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     def host_bytes(self) -> int:
         """Budget of the host-RAM tier in bytes."""
         return self.cache.host_bytes or psutil.virtual_memory().total // 4
+
+    def disk_bytes(self) -> int:
+        """Budget of the disk tier in bytes; 0 when there is none. What the tier holds already counts as free disk."""
+        if self.cache.disk_bytes is not None:
+            return self.cache.disk_bytes
+        path = self.blocks_dir()
+        held = sum(entry.stat().st_size for entry in path.glob("*/*")) if path.is_dir() else 0
+        Path(self.data_dir).mkdir(parents=True, exist_ok=True)
+        return min(DISK_BYTES_DEFAULT, (shutil.disk_usage(self.data_dir).free + held) // 10)
+
+    def blocks_dir(self) -> Path:
+        """Where the disk tier keeps its files."""
+        return Path(self.data_dir) / "blocks"
 
     def n_threads(self) -> int:
         """Threads llama.cpp computes with: one a physical core, since two on one core only share its vector unit."""

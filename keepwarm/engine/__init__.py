@@ -38,6 +38,41 @@ class ModelInfo(Struct, frozen=True):
     bytes_per_token: int
 
 
+class PoolStatus(Struct, frozen=True):
+    """One byte budget: free + resident + leased = total, always. `leased` cannot be evicted, `resident` can."""
+
+    name: str  # "live" (running turns' KV) | "host" | "disk"
+    bytes_total: int
+    bytes_free: int
+    bytes_resident: int
+    bytes_leased: int
+    bytes_configured: int  # the total without memory pressure
+    n_blocks: int = 0
+
+
+class StoreStatus(Struct, frozen=True):
+    """The prefix store as GET /admin/store shows it. Counters since the engine process started; unknown is None."""
+
+    pools: tuple[PoolStatus, ...]
+    policy: str
+    n_leases: int
+    n_hits_host: int = 0  # look-ups of turns that read something, by the slowest tier they read from
+    n_hits_disk: int = 0
+    n_misses: int = 0
+    n_tokens_recomputed: int = 0  # stored, but computing was expected to be faster than reading
+    n_evicted_host: int = 0  # blocks
+    n_evicted_disk: int = 0
+    n_written: int = 0
+    n_write_faults: int = 0
+    n_not_admitted: int = 0  # blocks that left the host tier unseen a second time, so never reached the disk
+    damaged: dict[str, int] = {}  # deleted blocks by cause (tiers.Damage)
+    prefill_tokens_per_s: float | None = None  # as measured while running; the break-even is judged by these
+    host_bytes_per_s: float | None = None
+    disk_bytes_per_s: float | None = None
+    scan_s: float | None = None  # reading the heads of all stored blocks at start
+    memory_pressure: float | None = None  # share of the last 10 s in which some task waited for memory, in percent
+
+
 class EngineStatus(Struct, frozen=True):
     """Counters since the engine process started; `epoch` grows with each start. Absent numbers are None."""
 
@@ -53,6 +88,7 @@ class EngineStatus(Struct, frozen=True):
     host_bytes_total: int = 0
     host_bytes_resident: int = 0
     host_bytes_pinned: int = 0
+    store: StoreStatus | None = None  # None: caching is off
 
 
 class Engine(Protocol):
@@ -67,7 +103,7 @@ class Engine(Protocol):
         ...
 
     async def drop(self, pin_id: str) -> None:
-        """Give back what a plan with this `pin_id` pinned. Unknown ids are no error."""
+        """Give back what a plan with this `pin_id` leased. Unknown ids are no error."""
         ...
 
     def status(self) -> EngineStatus: ...

@@ -1,39 +1,103 @@
-"""Where blocks' bytes live. `HostTier` keeps them in RAM, in one arena of equal slots within a byte budget.
+"""Where blocks' bytes live: the shape every tier has, and `HostTier`, which keeps them in RAM.
 
-Every tier has this shape; the store asks for room, writes, reads and frees by slot, and evicts by the index's choice.
+A block is written once under its key and never changes. A tier keeps within its byte budget, but does not choose what
+goes: the store asks its eviction policy and deletes. `tests/conformance/test_tiers.py` holds every tier to this.
 """
 
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
+from keepwarm.core.prompt import Tokens
 from keepwarm.engine.memory import arena
 
 
+class BlockHead(Struct, frozen=True):
+    """What names a block and places it in its chain; stored with it, so that an index can be built from heads alone."""
+
+    key: bytes  # 32 bytes (prefix.block_key)
+    parent: bytes  # 32 bytes: the key of the block before it, or the chain's root
+    start: int  # tokens before it; 0 directly below the root
+    tokens: Tokens  # shape (n_tokens,): the ids its state belongs to
+    closed: bool  # ends a piece at an irregular mark
+    n_bytes: int  # of its body
+
+
+class Damage(Enum):
+    """Why a stored block cannot be used. It is deleted and counted under this, and computed again."""
+
+    FOREIGN = "foreign"  # not written by this program
+    STALE = "stale"  # another model, template, KV type or format
+    TORN = "torn"  # an unfinished write, or a head that contradicts itself
+    TRUNCATED = "truncated"  # shorter or longer than its head says
+    FLIPPED = "flipped"  # the checksum of head or body is wrong
+    UNREADABLE = "unreadable"  # the system cannot read it (EIO)
+    ORPHANED = "orphaned"  # the block before it in the chain is gone
+
+
+class BlockLost(Exception):
+    """A block that was thought to be there cannot be had (any more). `damage` None: it was just not there."""
+
+    def __init__(self, key: bytes, damage: Damage | None) -> None:
+        super().__init__(f"block {key.hex()[:16]}: {damage.value if damage else 'missing'}")
+        self.key, self.damage = key, damage
+
+
+class TierFull(Exception):
+    """A write does not fit: into the tier's budget, or onto the device (ENOSPC). Nothing of it was kept."""
+
+    def __init__(self, n_bytes_needed: int, n_bytes_free: int) -> None:
+        super().__init__(f"needs {n_bytes_needed:,} bytes, {n_bytes_free:,} are free")
+        self.n_bytes_needed, self.n_bytes_free = n_bytes_needed, n_bytes_free
+
+
+class TierFault(Exception):
+    """A write could not be made durable (EIO and the like). Nothing of it was kept."""
+
+
 class Tier(Protocol):
-    """Room for blocks of one size. `n_free + n_used == n_slots`, always."""
+    """Blocks by key, within `bytes_total`. Thread-safe. `bytes_used <= bytes_total`, always."""
 
     name: str
-    slot_bytes: int
-    n_slots: int
+    bytes_total: int
 
     @property
-    def n_free(self) -> int: ...
+    def bytes_used(self) -> int: ...
 
-    def take(self) -> int | None:
-        """A free slot, or None when the budget is used up."""
+    def cost(self, head: BlockHead) -> int:
+        """Bytes of the budget that this block takes when it is stored."""
         ...
 
-    def bytes_of(self, slot: int) -> NDArray[np.uint8]:
-        """The slot's bytes, shape (slot_bytes,), to write into or read from."""
+    def write(self, blocks: Sequence[tuple[BlockHead, NDArray[np.uint8]]]) -> None:
+        """Store all of these or none; durable when it returns, as far as the tier is. Keys that are there are skipped.
+
+        Raises TierFull, TierFault.
+        """
         ...
 
-    def free(self, slot: int) -> None: ...
+    def read(self, key: bytes, into: NDArray[np.uint8]) -> None:
+        """Fill `into`, shape (n_bytes,), with the block's body, verified. Raises BlockLost; a damaged block is deleted."""
+        ...
+
+    def delete(self, key: bytes) -> None:
+        """Unknown keys are no error."""
+        ...
+
+    def heads(self) -> Iterator[BlockHead]:
+        """What is there, in no order."""
+        ...
 
 
 class HostTier:
-    """Host RAM: slots in one anonymous mapping, touched page by page as they are first used, then used again."""
+    """Host RAM: equal slots in one anonymous mapping, touched page by page as they are first used, then used again.
+
+    Not by key: the index knows slots, so that blocks are cut into and assembled from them without a copy between.
+    `n_free + n_used == n_slots`, always.
+    """
 
     name = "host"
 

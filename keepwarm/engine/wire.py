@@ -54,7 +54,7 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 
 
 class Drop(Struct, frozen=True, tag="drop"):
-    """Give back what a plan with this pin id pinned."""
+    """End the lease that a plan with this pin id took."""
 
     pin_id: str
 
@@ -77,6 +77,18 @@ class StatusChanged(Struct, frozen=True, tag="status"):
     status: EngineStatus
 
 
+class LeasesHeld(Struct, frozen=True, tag="leases_held"):
+    """Sent once, before the first READY: the pin ids whose leases are whole after the start."""
+
+    pin_ids: tuple[str, ...]
+
+
+class LeaseDamaged(Struct, frozen=True, tag="lease_damaged"):
+    """A block of this lease was found damaged: what it names must be computed again, with the same pin id."""
+
+    pin_id: str
+
+
 class LoadFailed(Struct, frozen=True, tag="load_failed"):
     """The engine cannot serve this configuration; a restart would not help."""
 
@@ -84,7 +96,7 @@ class LoadFailed(Struct, frozen=True, tag="load_failed"):
 
 
 ToWorker = Configure | LookUp | Release | RunPlan | Cancel | Drop
-FromWorker = LeaseFound | Events | StatusChanged | LoadFailed
+FromWorker = LeaseFound | Events | StatusChanged | LeasesHeld | LeaseDamaged | LoadFailed
 
 
 def _to_builtin(value: Any) -> Any:  # noqa: ANN401 - msgspec's hook is untyped
