@@ -1,8 +1,6 @@
-"""Which block to give up first: recompute time × chance of reuse, per byte. Pure.
+"""Greedy-dual values, until the index speaks `Policy`. Pure.
 
-GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998; all blocks have one size here, so size drops out): a block's value is
-the value of the last victim plus hits × cost, and the smallest goes. The victim's value ages everything that is not used.
-Deeper blocks cost more to recompute, since every token attends to all before it.
+The same rule as the first version of `cost`, behind the methods that the prefix index calls today.
 """
 
 import heapq
