@@ -12,9 +12,10 @@ LLAMA := $(shell sed -n 's/.*"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.tom
 
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CRASH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format docs bench clean
+.PHONY: help demo test check lint format docs bench crash clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -45,6 +46,9 @@ docs: $(STAMPS)/test ## rewrite the generated parts of the docs
 bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results (BENCH_ARGS="--quick" for a try)
 	@$(BIN)/keepwarm bench ttft --out "bench/results/$$(date -u +%F)-ttft.json" $(BENCH_ARGS)
 	@$(BIN)/keepwarm bench gateway --out "bench/results/$$(date -u +%F)-gateway.json"
+
+crash: $(STAMPS)/test ## kill the server's processes 200 times under load (CRASH_ARGS="--rounds 20 --seed 7" for less)
+	@$(BIN)/python -m scripts.crash $(CRASH_ARGS)
 
 clean: ## remove the virtual environment, caches and build logs
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
