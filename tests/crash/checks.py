@@ -6,7 +6,7 @@ up and equal the files that are there; no file is left that nobody needs.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from tests.crash.server import LogLine, Reference
 SETTLE_S_MAX = 30.0
 POLL_S = 0.05
 PAGE = 4096  # a file takes whole pages of the disk tier's budget
-SETTLED_EVENT = "cache object settled"
+COMPUTED_EVENTS = ("cache object settled", "lease repaired")
 ENGINE_READY_EVENT = "engine ready"
 DISK_POOL = "disk"
+BY_A_KILL = ("torn", "orphaned")  # an unfinished write, or one whose block before it was never finished
 
 
 class Checker:
@@ -129,7 +130,7 @@ def recomputed(lines: Iterable[LogLine], ready: Sequence[Known]) -> list[str]:
     wanted, engine_is_new, found = {entry.cache_id for entry in ready}, False, []
     for line in lines:
         engine_is_new |= line.event == ENGINE_READY_EVENT
-        if engine_is_new and line.event == SETTLED_EVENT and line.object_id in wanted:
+        if engine_is_new and line.event in COMPUTED_EVENTS and line.object_id in wanted:
             found.append(f"{line.object_id}: acknowledged as ready, and computed again after the restart")
     return found
 
@@ -148,6 +149,13 @@ def pool_violations(pools: Sequence[dict[str, Any]], store: Path, disk_bytes: in
             if on_disk > disk_bytes:
                 found.append(f"the disk tier's files take {on_disk:,} bytes of {disk_bytes:,}")
     return found
+
+
+def damaged(counts: Mapping[str, int]) -> list[str]:
+    """Blocks are whole or not there: what the start found wrong must be the temporary files of a write cut short."""
+    return [
+        f"{n} blocks found damaged by a kill: {cause}" for cause, n in counts.items() if n and cause not in BY_A_KILL
+    ]
 
 
 def left_over(store: Path, live: Iterable[str]) -> list[str]:

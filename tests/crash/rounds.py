@@ -5,10 +5,9 @@ and processes make of them does not, so a round is reproduced by its plan and by
 directory is copied, with the ledger, and the copy of a failed round is kept. `resume` begins from such a copy.
 """
 
-import itertools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import msgspec
 
 from keepwarm.core.clock import Clock
 from keepwarm.launch import LaunchError
-from tests.crash.checks import Checker, left_over, pool_violations, recomputed
+from tests.crash.checks import DISK_POOL, Checker, damaged, left_over, pool_violations, recomputed
 from tests.crash.client import Api, Client
 from tests.crash.ledger import Known, Ledger
 from tests.crash.plan import KEYS, Round, Victim, plan_round
@@ -27,7 +26,7 @@ AGREE_S_MAX = 15.0  # until expired leases are given back and the engine, idle, 
 POLL_S = 0.1
 CLIENT_S_MAX = 90.0
 LOG_LINES_SHOWN = 60
-NOT_FOUND = 404
+OK = 200
 LEDGER_NAME = "ledger.json"
 START_NAME, KEPT_NAME = "round-start", "failed-round"
 
@@ -48,12 +47,22 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """A run's servers and its ledger. `checkpoint` is where the copy of a round's start is put."""
+    """A run's servers and its ledger; made by `opened`."""
 
-    def __init__(self, seed: int, folder: Path, server: TestedServer, reference: Reference, clock: Clock) -> None:
+    def __init__(
+        self,
+        seed: int,
+        folder: Path,
+        server: TestedServer,
+        reference: Reference,
+        clock: Clock,
+        between: Callable[[Path], None],
+    ) -> None:
         self._seed, self._folder, self._server, self._reference, self._clock = seed, folder, server, reference, clock
+        self._between = between
         self._ledger = Ledger(_read_ledger(server.data_dir))
         self._log_start = 0
+        self._ready_at_kill: list[Known] = []
 
     def round(self, number: int) -> Report:
         """Do one round. Raises RoundFailed."""
@@ -70,17 +79,16 @@ class Run:
 
     def _round(self, number: int, plan: Round) -> tuple[list[str], Report]:
         found = self._load_and_kill(plan)
-        ready = [entry for entry in self._ledger.known() if entry.is_ready and not entry.is_deleting]
-        n_answers, n_ready = self._ledger.n_answers, len(ready)
+        n_answers, n_ready = self._ledger.n_answers, len(self._ready_at_kill)
         n_unanswered = len(self._ledger.log()) - n_answers
         checker = Checker(self._server.port, self._ledger, self._reference, self._clock)
         if not self._is_durable():
             found += checker.settle()
-            ready = []
+            self._ready_at_kill = []
         found += checker.objects()
         found += checker.answers(self._ledger.answers())
         found += checker.settle()
-        found += recomputed(self._server.log_lines(self._log_start), ready)
+        found += recomputed(self._server.log_lines(self._log_start), self._ready_at_kill)
         self._trim()
         found += self._agreement()
         return found, Report(
@@ -98,10 +106,12 @@ class Run:
                 ledger.answered.wait(POLL_S)
         time.sleep(plan.delay_s)
         epoch, self._log_start = server.epoch(), server.log_end()
+        self._ready_at_kill = [entry for entry in ledger.known() if entry.is_ready and not entry.is_deleting]
         if plan.victim is not Victim.ENGINE or not plan.carry_on:
             for client in clients:
                 client.stop.set()  # the calls under way are not disturbed by it
         if server.kill(plan.victim):
+            self._between(server.data_dir)
             server.start()
             epoch = 0
         if plan.again_s is not None:
@@ -137,12 +147,14 @@ class Run:
 
     def _is_durable(self) -> bool:
         """Whether this server has a disk tier; without one, ready objects are computed again after a restart."""
-        return Api(self._server.port, KEYS[0]).call("GET", "/admin/store").status != NOT_FOUND
+        reply = Api(self._server.port, KEYS[0]).call("GET", "/admin/store")
+        pools = reply.body["store"]["pools"] if reply.status == OK and reply.body["store"] else []
+        return any(pool["name"] == DISK_POOL for pool in pools)
 
     def _books(self) -> list[str]:
         if not self._is_durable():
             return []
-        reply = Api(self._server.port, KEYS[0]).call("GET", "/admin/store")
+        status = Api(self._server.port, KEYS[0]).call("GET", "/admin/store").body["store"]
         store = self._server.data_dir / "blocks"
         ready = [
             body["id"]
@@ -150,7 +162,8 @@ class Run:
             for body in Api(self._server.port, key).call("GET", "/v1/caching?limit=1000").body["data"]
             if body["status"] == "ready"
         ]
-        return pool_violations(reply.body["pools"], store, DISK_BYTES) + left_over(store, ready)
+        books = pool_violations(status["pools"], store, DISK_BYTES)
+        return books + damaged(status["damaged"]) + left_over(store, ready)
 
     def _checkpoint(self) -> Path:
         """Copy the data directory, with the ledger beside it. The server is idle, so nothing in it changes meanwhile."""
@@ -179,20 +192,23 @@ class Run:
 
 
 @contextmanager
-def opened(seed: int, folder: Path, clock: Clock, start: Path | None = None) -> Iterator[Run]:
-    """A run with its servers. `start` is a failed round's kept copy; None is an empty store."""
+def opened(
+    seed: int,
+    folder: Path,
+    clock: Clock,
+    start: Path | None = None,
+    between: Callable[[Path], None] = lambda _data_dir: None,
+) -> Iterator[Run]:
+    """A run with its servers. `start` is a failed round's kept copy; None is an empty store.
+
+    `between` is called with the data directory whenever a gateway is dead and before it is started again: a test can break
+    something there and see the round fail.
+    """
     tested = TestedServer(folder / "tested", TESTED, clock)
     if start is not None:
         shutil.copytree(start, tested.data_dir)
     with running(TestedServer(folder / "reference", COLD, clock)) as cold, running(tested):
-        yield Run(seed, folder, tested, Reference(cold.port), clock)
-
-
-def run_rounds(run: Run, first: int, n_rounds: int | None = None) -> Iterator[Report]:
-    """Rounds `first`, `first` + 1, … of a run. Raises RoundFailed at the first that breaks a promise."""
-    numbers = itertools.count(first)
-    for number in numbers if n_rounds is None else itertools.islice(numbers, n_rounds):
-        yield run.round(number)
+        yield Run(seed, folder, tested, Reference(cold.port), clock, between)
 
 
 def _read_ledger(data_dir: Path) -> list[Known]:
