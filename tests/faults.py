@@ -51,6 +51,7 @@ class FaultyFiles(Files):
         self.counts: Counter[str] = Counter()
         self.n_operations = 0
         self.stop_after = stop_after
+        self.cached = True  # False: the page cache has nothing
         self._random = random.Random(seed) if seed is not None else None
         self._wait = wait
         self._guard = threading.Lock()
@@ -107,9 +108,13 @@ class FaultyFiles(Files):
         self._enter("sync")  # no more: the power is cut by `lose_unsynced`, and real syncs take milliseconds each
         self._unsynced.pop(fd, None)
 
-    def open(self, path):
-        self._enter("open")
-        return super().open(path)
+    def open(self, path, *, direct=False):
+        self._enter("open_direct" if direct else "open")
+        return super().open(path, direct=direct)
+
+    def is_cached(self, fd, offset):
+        self._enter("is_cached")
+        return self.cached and super().is_cached(fd, offset)
 
     def read(self, fd, buffers, offset):
         fault = self._enter("read")

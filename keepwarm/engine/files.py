@@ -5,6 +5,7 @@ reads and writes is below it, in `write_new` and `read_full`, so that it is test
 system gave it. Directories are 0700 and files 0600: a block holds what a user wrote.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -34,9 +35,14 @@ class Files:
     def sync(self, fd: int) -> None:
         os.fsync(fd)
 
-    def open(self, path: Path) -> int:
-        """A descriptor to read at chosen places: the system reads nothing ahead of what is asked for."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def open(self, path: Path, *, direct: bool = False) -> int:
+        """A descriptor to read at chosen places: the system reads nothing ahead of what is asked for.
+
+        `direct`: from the device into the caller's memory, past the page cache. Offsets, sizes and addresses must then be
+        multiples of a page; where a file system does not have it, this or the first read fails with EINVAL.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, flags | getattr(os, "O_DIRECT", 0) if direct else flags)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return fd
@@ -44,6 +50,16 @@ class Files:
     def read(self, fd: int, buffers: Sequence[Buffer], offset: int) -> int:
         """Bytes read, maybe fewer than asked for; 0 at the end."""
         return os.preadv(fd, [buffer.data for buffer in buffers], offset)
+
+    def is_cached(self, fd: int, offset: int) -> bool:
+        """Whether the page cache has the byte at this place. True also where the system cannot tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        try:
+            os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError as exc:
+            return exc.errno != errno.EAGAIN
+        return True
 
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size

@@ -9,6 +9,7 @@ import pytest
 
 from keepwarm.engine.disk import LOCK_ATTEMPTS, DirectoryLocked, DiskTier
 from keepwarm.engine.files import Files, read_full, write_new
+from keepwarm.engine.memory import arena
 from keepwarm.engine.tiers import BlockLost, Damage, TierFault, TierFull
 from tests.faults import SHORT, Crash, FaultyFiles, Flip, a_block, same_head
 
@@ -308,6 +309,41 @@ def test_a_bit_flipped_on_the_way_is_seen(open_tier, at):
         assert holds(tier, [])
 
 
+@pytest.mark.parametrize(
+    "fault, n_tokens",
+    [({}, 8), ({}, 1_500), ({("open_direct", 1): errno.EINVAL}, 8), ({("read", 1): errno.EINVAL}, 8), ({("read", 1): SHORT}, 8)],
+    ids=["as it should be", "long header", "file system without it", "device without it", "short"],
+)  # fmt: skip
+def test_reading_past_the_page_cache(open_tier, fault, n_tokens):
+    head, body = a_block(1, 3 * 4_096, n_tokens)
+    files = FaultyFiles()
+    tier = open_tier(files)
+    tier.write([(head, body)])
+    files.cached = False
+    files.counts.clear()
+    files.faults = fault
+    into = arena(head.n_bytes)
+    tier.read(head.key, into)
+    assert np.array_equal(into, body)
+    assert files.counts["open_direct"] == 1
+    assert files.counts["open"] + files.counts["open_direct"] == files.counts["close"] + (("open_direct", 1) in fault)
+
+
+@pytest.mark.parametrize("fault, damage", [(errno.EIO, Damage.UNREADABLE), (Flip(5_000), Damage.FLIPPED)])
+def test_faults_past_the_page_cache(open_tier, fault, damage):
+    files = FaultyFiles()
+    tier = open_tier(files)
+    head, body = a_block(1, 3 * 4_096)
+    tier.write([(head, body)])
+    files.cached = False
+    files.faults["read", 1] = fault
+    with pytest.raises(BlockLost) as lost:
+        tier.read(head.key, arena(head.n_bytes))
+    assert lost.value.damage is damage
+    assert files.counts["open_direct"] == 1
+    assert holds(tier, [])
+
+
 def test_every_header_byte_flipped_on_the_disk_is_seen(open_tier, tmp_path):
     tier = open_tier()
     head, body = a_block(1, 100)
@@ -350,10 +386,10 @@ def test_a_failed_read_does_not_delete_what_was_written_again_meanwhile(open_tie
     tier = open_tier(files)
     head, body = BLOCKS[0]
     tier.write([(head, body)])
-    reads = []
+    reads, n_opened = [], files.counts["open"]
 
     def replaced_once():
-        if files.counts["read"] and not reads:
+        if files.counts["open"] > n_opened and not reads:
             reads.append(1)
             tier.delete(head.key)
             tier.write([(head, body)])
