@@ -283,7 +283,8 @@ class DiskTier:
         self._stored[key] = stored
         self._bytes_stored += stored.cost
         self._bytes_reserved = max(0, self._bytes_reserved - stored.cost)
-        self._undeleted.pop(self._path(key), None)  # replaced
+        if self._undeleted:
+            self._undeleted.pop(self._path(key), None)  # replaced
 
     def _drop(self, key: bytes, stored: "_Stored") -> bool:
         """Remove this block, unless it is gone or was written again meanwhile."""
