@@ -45,6 +45,7 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     n_ubatch: int = 512  # rows llama.cpp evaluates at once; also the longest prefill chunk
     n_threads: int | None = None  # None: the machine's cores
     thread_wait: Literal["auto", "spin", "sleep"] = "auto"  # how llama.cpp's threads wait for each other
+    kv_type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] = "f16"  # how K and V are kept; others are slow on a CPU
     engine: Literal["llama", "scripted"] = "llama"
 
 
@@ -61,6 +62,21 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     object_tokens_max: int = 128_000  # Kimi's limit for one cache
     tenant_tokens_max: int = 1_000_000  # Kimi's limit for all caches of a user
     settle: Literal["auto", "always", "off"] = "auto"  # re-evaluate a conversation's tail while idle
+
+
+class WarmPrompt(Struct, frozen=True, forbid_unknown_fields=True):
+    """A prefix to compute at start, before anyone asks: a system message with these texts in a row, and tools.
+
+    Paths are relative to where the server is started.
+    """
+
+    tenant: str  # whose requests will find it; with `dev` the API key they carry
+    name: str = ""  # for the log; "" is its number in the file
+    system: str = ""
+    system_file: str | None = None  # in place of `system`
+    files: tuple[str, ...] = ()  # appended to the system text as they are
+    tools_file: str | None = None  # JSON: the `tools` member of a chat request
+    lease: bool = False  # keep it on disk as a cache object is kept; else it may be evicted like any prompt
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +128,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     limits: Limits = Limits()
+    warm: tuple[WarmPrompt, ...] = ()
 
     def host_bytes(self) -> int:
         """Budget of the host-RAM tier in bytes."""
@@ -121,14 +138,14 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         """Budget of the disk tier in bytes; 0 when there is none. What the tier holds already counts as free disk."""
         if self.cache.disk_bytes is not None:
             return self.cache.disk_bytes
-        path = self.blocks_dir()
+        path = self.store_dir()
         held = sum(entry.stat().st_size for entry in path.glob("*/*")) if path.is_dir() else 0
         Path(self.data_dir).mkdir(parents=True, exist_ok=True)
         return min(DISK_BYTES_DEFAULT, (shutil.disk_usage(self.data_dir).free + held) // 10)
 
-    def blocks_dir(self) -> Path:
+    def store_dir(self) -> Path:
         """Where the disk tier keeps its files."""
-        return Path(self.data_dir) / "blocks"
+        return Path(self.data_dir) / "store"
 
     def n_threads(self) -> int:
         """Threads llama.cpp computes with: one a physical core, since two on one core only share its vector unit."""
@@ -154,6 +171,11 @@ def default_data_dir() -> str:
         return named
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return str(Path(base) / "keepwarm")
+
+
+def default_api_key() -> str | None:
+    """$KEEPWARM_API_KEY: what the commands that ask a running server show it."""
+    return os.environ.get("KEEPWARM_API_KEY")
 
 
 def load(path: str | None, overrides: dict[str, Any]) -> Config:
@@ -182,4 +204,16 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
         raise ConfigError(f"config {path or 'on the command line'}: {exc}") from exc
     if config.dev and config.host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(f"--dev accepts any key, so it binds loopback only; remove --host {config.host} or --dev")
+    for number, prompt in enumerate(config.warm):
+        _check_warm(f"config {path or 'on the command line'}: $.warm[{number}]", prompt)
     return config
+
+
+def _check_warm(where: str, prompt: WarmPrompt) -> None:
+    """Raises ConfigError."""
+    if not prompt.tenant.strip():
+        raise ConfigError(f"{where}.tenant is empty; name the tenant whose requests begin like this")
+    if prompt.system and prompt.system_file is not None:
+        raise ConfigError(f"{where} has both system and system_file; give one of them")
+    if not (prompt.system or prompt.system_file is not None or prompt.files):
+        raise ConfigError(f"{where} has no text; give system, system_file or files")

@@ -31,9 +31,13 @@ from keepwarm.engine.output import OutputReader
 from keepwarm.engine.prefix import common_length
 from keepwarm.engine.scheduler import Abandon, Admit, Decode, Pace, Phase, Prefill, View, decide, rows_within
 from keepwarm.engine.store import Held, NoRoom, PrefixStore
+from keepwarm.engine.tiers import TierFault, TierFull
 
 SEED_MASK = 0xFFFFFFFF  # llama.cpp's random source takes 32 bits
 SHARE_TOKENS_MIN = 64  # waiting for another turn's prefix pays from one block on
+UNREAD_TOKENS_MAX = 512  # a turn among others is admitted when this much or less is still to come from the disk
+
+Later = Callable[[Callable[[], None]], None]  # calls something on the compute thread, from any thread
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
 
@@ -70,6 +74,7 @@ class Run:
         self.passed_over = 0
         self.waits_for: str | None = None
         self.waits_until = 0
+        self.held: Held | None = None  # while it waits for the disk
         self.arrived = now
         self.queue_s = self.lookup_s = self.restore_s = self.evaluate_s = self.decode_s = 0.0
 
@@ -115,9 +120,10 @@ class EngineCore:
         emit: Emit,
         clock: Clock,
         seeds: Callable[[], int],
+        later: Later,
     ) -> None:
         self._model, self._store, self._settings = model, store, settings
-        self._emit, self._clock, self._seeds = emit, clock, seeds
+        self._emit, self._clock, self._seeds, self._later = emit, clock, seeds, later
         self._runs: dict[str, Run] = {}
         self._free = list(range(model.n_streams))
         self._events: list[tuple[str, Event]] = []
@@ -144,6 +150,13 @@ class EngineCore:
             self._tell(plan.turn_id, Failed(ErrorKind.PROMPT_TOO_LONG, message))
             self._flush()
             return
+        if plan.pin_id is not None and self._store:
+            try:
+                self._store.check_room(plan.prompt)
+            except NoRoom as exc:  # before anything is computed, and nothing is evicted
+                self._tell(plan.turn_id, Failed(ErrorKind.OVERLOADED, _no_room(exc)))
+                self._flush()
+                return
         granularity = self._store.granularity if self._store else 1
         run = Run(plan, pieces(plan.prompt.n_tokens, plan.prompt.marks, granularity), self._clock.monotonic())
         if plan.output.max_tokens:
@@ -163,7 +176,7 @@ class EngineCore:
             self._leave(run)
 
     def drop(self, pin_id: str) -> None:
-        """Give back what a cache object pinned."""
+        """End a cache object's lease."""
         if self._store:
             self._store.unpin(pin_id)
 
@@ -223,29 +236,35 @@ class EngineCore:
         run.lookup_s += looked_up - begin
         run.n_read = run.pos = held.n_tokens if held else 0
         try:
-            wanted = run.plan.output.max_tokens > 0 or run.pos < run.n_prompt
+            # A lease is taken of what was read and verified just now, so a damaged block is computed again, not leased.
+            wanted = run.plan.output.max_tokens > 0 or run.pos < run.n_prompt or run.plan.pin_id is not None
             if wanted:
                 run.stream = self._free.pop(0)
                 self._model.forget(run.stream, 0, -1)
                 if held and held.n_tokens and self._store:
-                    self._store.restore(held, self._model, run.stream)
+                    run.n_read = run.pos = self._store.restore(held, self._model, run.stream)
         finally:
             if held and self._store:
                 self._store.release(held)
         run.restore_s += self._clock.monotonic() - looked_up
         self.counters.restored += run.n_read
-        tier = self._store.tier_name if self._store and run.n_read else None
-        self._tell(run.plan.turn_id, Started(run.n_prompt, run.n_read, tier))
+        self._tell(run.plan.turn_id, Started(run.n_prompt, run.n_read, held.tier if held and run.n_read else None))
         run.phase = Phase.PREFILL
-        if not wanted:
+        if run.pos == run.n_prompt and not run.plan.output.max_tokens:
             self._end(run, "stop")
 
     def _look_up(self, run: Run) -> Held | None:
         """The usable prefix, locked; or the run is made to wait for a turn that is computing more of it."""
         if not (self._store and run.plan.reuse):
             return None
+        if run.held is not None:  # it waited for the disk
+            held, run.held = run.held, None
+            return held
         want_logits = run.plan.output.max_tokens > 0
         held = self._store.hold(run.prompt, want_logits=want_logits)
+        if self._has_company(run) and self._store.n_unread(held) > UNREAD_TOKENS_MAX:
+            run.phase, run.held = Phase.WAITING, held
+            return None
         donor, n_shared = self._donor(run, held.n_tokens + SHARE_TOKENS_MIN, want_logits=want_logits)
         if donor is None:
             return held
@@ -256,6 +275,10 @@ class EngineCore:
         assert donor.stream is not None
         self._store.save(donor.prompt, donor.n_evaluated, self._model, donor.stream, spend=False, pin=None)
         return self._store.hold(run.prompt, want_logits=want_logits)
+
+    def _has_company(self, run: Run) -> bool:
+        """Whether other turns would have to wait while this one's blocks come from the disk."""
+        return any(other is not run and other.stream is not None for other in self._runs.values())
 
     def _donor(self, run: Run, n_min: int, *, want_logits: bool) -> tuple[Run | None, int]:
         """The turn on a stream that shares the longest prefix of at least `n_min` tokens with `run`, of the same tenant."""
@@ -272,7 +295,10 @@ class EngineCore:
 
     def _wake(self) -> None:
         for run in self._runs.values():
-            if run.phase is Phase.WAITING:
+            if run.phase is Phase.WAITING and run.held is not None:
+                if not self._has_company(run) or not self._store or self._store.n_unread(run.held) <= UNREAD_TOKENS_MAX:
+                    run.phase = Phase.QUEUED
+            elif run.phase is Phase.WAITING:
                 donor = self._runs.get(run.waits_for or "")
                 if donor is None or donor.pos >= run.waits_until:
                     run.phase, run.waits_for = Phase.QUEUED, None
@@ -290,6 +316,8 @@ class EngineCore:
         self._model.evaluate(run.stream, run.prompt.tokens[run.pos : run.pos + rows], run.pos, want_logits=want_logits)
         spent = self._clock.monotonic() - begin
         self._ms_per_row = spent * 1000 / rows
+        if self._store:
+            self._store.speeds.observe_prefill(rows, run.pos, spent)
         run.pos += rows
         run.evaluate_s += spent
         self.counters.evaluated += rows
@@ -348,8 +376,10 @@ class EngineCore:
     # --- the end of a turn
 
     def _end(self, run: Run, reason: FinishReason, stop: str | None = None) -> None:
-        """The turn is complete: pin if an object asked for it, tell, then store what is new."""
-        if run.plan.pin_id is not None and run.n_evaluated == run.n_prompt and not self._pin(run):
+        """The turn is complete: lease if an object asked for it, tell, then store what is new."""
+        pin = run.plan.pin_id
+        if pin is not None and run.n_evaluated == run.n_prompt:
+            self._lease(run, pin, reason)
             return
         turn_id = run.plan.turn_id
         self._tell(turn_id, *run.reader.finish())
@@ -359,21 +389,37 @@ class EngineCore:
         self._flush()
         self._leave(run)
 
-    def _pin(self, run: Run) -> bool:
-        message = "caching is off: this model is not exact here"
-        if self._store:
-            try:
-                stream = run.stream or 0  # not read when everything is stored already
-                self._store.save(run.prompt, run.n_prompt, self._model, stream, spend=True, pin=run.plan.pin_id)
-            except NoRoom as exc:
-                message = (
-                    f"no room to keep this cache: it needs {exc.n_bytes_needed:,} bytes more, "
-                    f"{exc.n_bytes_free:,} can be freed"
-                )
-            else:
-                return True
-        self._fail(run, Failed(ErrorKind.OVERLOADED, message, run.usage()))
-        return False
+    def _lease(self, run: Run, pin: str, reason: FinishReason) -> None:
+        """Keep the prompt for a cache object. The turn ends when all of it is durable; its stream is free before that."""
+        if not self._store:
+            self._fail(run, Failed(ErrorKind.OVERLOADED, "caching is off: this model is not exact here", run.usage()))
+            return
+        try:
+            assert run.stream is not None
+            self._store.save(run.prompt, run.n_prompt, self._model, run.stream, spend=True, pin=pin)
+        except NoRoom as exc:
+            self._fail(run, Failed(ErrorKind.OVERLOADED, _no_room(exc), run.usage()))
+            return
+        self._give_stream_back(run)
+        run.phase = Phase.STORING
+        self._store.make_durable(pin, lambda fault: self._later(lambda: self._leased(run, reason, fault)))
+
+    def _leased(self, run: Run, reason: FinishReason, fault: TierFull | TierFault | None) -> None:
+        """The lease is durable, or cannot be."""
+        turn_id = run.plan.turn_id
+        pin = run.plan.pin_id
+        if fault is not None and self._store and pin is not None:
+            self._store.unpin(pin)
+        if self._runs.get(turn_id) is not run:
+            return  # cancelled meanwhile: the lease, if it came to be, is its owner's to drop
+        if fault is not None:
+            message = f"this cache could not be written to disk: {fault}"
+            self._fail(run, Failed(ErrorKind.OVERLOADED, message, run.usage()))
+            return
+        self._tell(turn_id, *run.reader.finish())
+        self._tell(turn_id, ChoiceFinished(reason, run.n_output), Finished(run.usage(), run.timings()))
+        self._flush()
+        self._release(run)
 
     def _fail(self, run: Run, failed: Failed) -> None:
         self._tell(run.plan.turn_id, failed)
@@ -392,6 +438,12 @@ class EngineCore:
         del self._runs[run.plan.turn_id]
         if run.sampler:
             run.sampler.close()
+        if run.held is not None and self._store:
+            self._store.release(run.held)
+            run.held = None
+        self._give_stream_back(run)
+
+    def _give_stream_back(self, run: Run) -> None:
         if run.stream is not None:
             self._model.forget(run.stream, 0, -1)
             self._free.append(run.stream)
@@ -404,3 +456,15 @@ class EngineCore:
         assert sorted(held + self._free) == list(range(self._model.n_streams))
         if self._store:
             self._store.check_integrity()
+
+    @property
+    def n_live_tokens(self) -> int:
+        """Tokens in running turns' streams."""
+        return sum(run.pos for run in self._runs.values() if run.stream is not None)
+
+
+def _no_room(exc: NoRoom) -> str:
+    return (
+        f"no room to keep this cache: it needs {exc.n_bytes_needed:,} bytes more, {exc.n_bytes_free:,} are free or can be "
+        "freed"
+    )

@@ -199,10 +199,14 @@ class Assembler:
 
         The result is a view that the next call overwrites.
         """
-        layout = self._layout
-        out = self._buffer[: layout.blob_bytes(n_cells)]
-        self._write_heads(out, n_cells)
+        out = self.blank(n_cells)
         self.patch(out, n_cells, blocks, 0, n_cells)
+        return out
+
+    def blank(self, n_cells: int) -> Blob:
+        """A blob of `n_cells` cells without their bytes, to be patched; a view that the next call overwrites."""
+        out = self._buffer[: self._layout.blob_bytes(n_cells)]
+        self._write_heads(out, n_cells)
         return out
 
     def patch(self, out: Blob, n_cells: int, blocks: Blocks, start: int, end: int) -> None:

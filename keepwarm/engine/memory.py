@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 
 def arena(n_bytes: int) -> NDArray[np.uint8]:
     """Anonymous memory of at least `n_bytes`; pages come when first written."""
-    area = mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE))
+    area = mmap.mmap(-1, max(n_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(area, np.uint8)
+
+
+def release(buffer: NDArray[np.uint8], start: int, end: int) -> None:
+    """Give the whole pages within bytes start..end-1 of an arena back to the system; they read as zeros from then on."""
+    base: object = buffer.base
+    area = base.obj if isinstance(base, memoryview) else base
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if isinstance(area, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and last > first:
+        area.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def touched(n_bytes: int) -> NDArray[np.uint8]:

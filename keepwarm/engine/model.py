@@ -85,6 +85,10 @@ class Model(Protocol):
         """Drop the cells of positions start..end-1 (end -1: to the end)."""
         ...
 
+    def n_held(self, stream: int) -> int:
+        """One more than the last position in the stream; 0 when it is empty."""
+        ...
+
     def save(self, stream: int) -> Blob:
         """The stream's state; a view into a buffer that the next `save` overwrites."""
         ...
@@ -92,6 +96,10 @@ class Model(Protocol):
     def load(self, stream: int, blob: Blob) -> None:
         """Replace the stream's state. Raises ModelFault."""
         ...
+
+
+Reuse = Literal["blocks", "snapshots", "none"]  # which store a model's state fits (docs/decisions/0015)
+KvType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]  # how K and V are kept, in llama.cpp's names
 
 
 class Prepared(Struct):
@@ -104,3 +112,5 @@ class Prepared(Struct):
     determinism: Literal["strict", "fast"]
     granularity: int | None
     detail: str = "ready"
+    kv_type: str = "f16"
+    reuse: Reuse = "blocks"  # "none" exactly when `granularity` is None

@@ -19,12 +19,16 @@ PASSED_OVER_MAX = 8  # chunks given to shorter prompts before a long one goes fi
 
 
 class Phase(Enum):
-    """Where a turn stands. WAITING: another turn is computing a prefix that this one will use."""
+    """Where a turn stands. WAITING: another turn is computing a prefix that this one will use, or the disk is reading it.
+
+    STORING: evaluated, its lease is being made durable; it needs no stream any more.
+    """
 
     QUEUED = "queued"
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    STORING = "storing"
 
 
 class View(Struct, frozen=True):

@@ -1,30 +1,44 @@
-"""The prefix store: index, tier and state layout together. Finds, locks, restores, saves and pins prefixes.
+"""The prefix store: index, tiers and state layout together. Finds, locks, restores, saves and leases prefixes.
 
 Thread-safe by one lock, held for index work only; bytes are copied outside it, in slots that are locked or not yet in
 the index. A prompt's tenant is part of its chain's root, so nothing is ever found for another tenant.
+
+What lies on disk alone is read ahead into host slots by a few threads as soon as it is looked up; a restore assembles
+each block when it has arrived, so reading and putting together overlap (`reading.py`). What turns out to be damaged ends
+the match there: `restore` says how much it really restored.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from keepwarm.core.clock import Clock, SystemClock
 from keepwarm.core.prompt import Prompt
+from keepwarm.engine import StoreStatus
+from keepwarm.engine.breakeven import Speeds, worth
 from keepwarm.engine.chunks import Piece, pieces, storable, usable
+from keepwarm.engine.disk import DiskTier
+from keepwarm.engine.durable import Done, Durable
+from keepwarm.engine.eviction import policy
+from keepwarm.engine.governor import pool
 from keepwarm.engine.layout import BLOCK_TOKENS, Assembler, Layout, cut, parse
+from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model
 from keepwarm.engine.prefix import BlockKey, Missing, Node, PrefixIndex, root_key
-from keepwarm.engine.tiers import Tier
+from keepwarm.engine.reading import Reading
+from keepwarm.engine.tiers import BlockLost, HostTier
 
 SLACK = 8  # a buffer with up to an eighth more cells than wanted is loaded as it is
 
 
 class NoRoom(Exception):
-    """A pinned prefix does not fit: numbers for the error message."""
+    """A leased prefix does not fit: numbers for the error message."""
 
     def __init__(self, n_bytes_needed: int, n_bytes_free: int) -> None:
         super().__init__(f"needs {n_bytes_needed:,} bytes, {n_bytes_free:,} can be freed")
@@ -36,6 +50,10 @@ class Held(Struct, frozen=True):
 
     nodes: tuple[Node, ...]
     n_tokens: int
+    parts: tuple[Piece, ...] = ()
+    want_logits: bool = True
+    tier: str | None = None  # the slowest one it lay in when it was found
+    n_skipped: int = 0  # stored tokens that are expected to be computed faster than read
 
 
 class _Assembled(Struct, frozen=True):
@@ -57,66 +75,229 @@ def _n_same(there: _Assembled, held: Held) -> int:
     return n_same
 
 
-class PrefixStore:
-    """One store for one model. `identity` names everything the bits depend on beside tokens and tenant."""
+class StoreCounters(Struct):
+    """Since the start of the process."""
 
-    def __init__(self, layout: Layout, tier: Tier, *, identity: Sequence[str], granularity: int, n_ctx: int) -> None:
+    hits_host: int = 0
+    hits_disk: int = 0
+    misses: int = 0
+    tokens_recomputed: int = 0
+    skips: int = 0  # look-ups that left something unread: breakeven.worth tries it again now and then
+    evicted_host: int = 0
+
+
+class PrefixStore:
+    """One store for one model. `identity` names everything the bits depend on beside tokens and tenant.
+
+    `disk` and its lease files go together; without them what is pinned stays in the host tier. `on_damage` is called, from a
+    reading thread and without locks, with each lease that lost a block.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        tier: HostTier,
+        *,
+        identity: Sequence[str],
+        granularity: int,
+        n_ctx: int,
+        disk: tuple[DiskTier, LeaseFiles] | None = None,
+        policy_name: str = "cost",
+        clock: Clock | None = None,
+    ) -> None:
         self.granularity = granularity
         self._layout, self._tier, self._identity = layout, tier, tuple(identity)
-        self._index = PrefixIndex()
+        self._clock = clock or SystemClock()
+        self.policy_name = policy_name
+        n_disk = disk[0].bytes_total // tier.slot_bytes if disk else 1
+        self._index = PrefixIndex(policy(policy_name, max(tier.n_slots, 1)), policy(policy_name, max(n_disk, 1)))
         self._pins: dict[str, tuple[Node, ...]] = {}
         self._lock = threading.Lock()
         self._assembled: _Assembled | None = None
         self._pool = ThreadPoolExecutor(2, "assemble")
         self._assembler = Assembler(layout, n_ctx, touched(layout.blob_bytes(n_ctx)), self._pool)
+        self._bytes_configured = tier.n_slots * tier.slot_bytes
+        self.speeds = Speeds()
+        self.counters = StoreCounters()
+        self.on_damage: Callable[[str], None] = lambda _pin: None
+        self._durable: Durable | None = None
+        self._reading: Reading | None = None
+        if disk:
+            self._durable = Durable(self._index, self._lock, tier, *disk, self._clock)
+            self._reading = Reading(disk[0], self.speeds, self._clock)
+            with self._lock:
+                self._pins = self._durable.recover(layout.cell_bytes)
+
+    # --- find and lock
 
     def pieces(self, prompt: Prompt) -> tuple[Piece, ...]:
         """The prompt's pieces at this model's granularity."""
         return pieces(prompt.n_tokens, prompt.marks, self.granularity)
 
+    def snapshot_points(self, prompt: Prompt) -> tuple[int, ...]:
+        """Where prefill must stop to save: nowhere, blocks are cut out of any state."""
+        assert prompt.n_tokens
+        return ()
+
     def _root(self, tenant: str) -> BlockKey:
         return root_key(*self._identity, tenant)
 
-    def hold(self, prompt: Prompt, *, want_logits: bool) -> Held:
-        """Find and lock the longest usable prefix."""
+    def hold(self, prompt: Prompt, *, want_logits: bool, uses: bool = True) -> Held:
+        """Find and lock the longest usable prefix, and begin to read what of it lies on disk alone.
+
+        `uses`: a turn is going to read it, which counts for eviction and admission; without, somebody only looks.
+        """
         parts = self.pieces(prompt)
+        now_s = self._clock.monotonic()
         with self._lock:
             found = self._index.match(self._root(prompt.tenant), prompt.tokens, parts)
-            n = usable(found.n_tokens, parts, self.granularity, want_logits=want_logits)
+            n_found = usable(found.n_tokens, parts, self.granularity, want_logits=want_logits)
+            n = usable(self._worth(found.nodes, n_found), parts, self.granularity, want_logits=want_logits)
             nodes = tuple(node for node in found.nodes if node.start < n)
             self._index.lock(nodes)
-            self._index.touch(nodes)
-        return Held(nodes, n)
+            on_disk = [node for node in nodes if node.slot < 0]
+            tier = None if not nodes else "disk" if on_disk else "host"
+            if uses:
+                self._index.touch(nodes, now_s)
+                self._count(tier, n_found - n)
+                if self._durable:
+                    self._durable.admit(nodes)
+            self._read_ahead(on_disk)
+        return Held(nodes, n, parts, want_logits, tier, n_found - n)
+
+    def _worth(self, nodes: Sequence[Node], n: int) -> int:
+        """How many of the n found tokens to read. A leased prefix is read in any case: that is what was promised."""
+        if not self._durable or not nodes or nodes[-1].pins or any(node.pins for node in nodes):
+            return n
+        n_host = next((node.start for node in nodes if node.slot < 0), n)
+        return worth(min(n_host, n), max(n - n_host, 0), self._layout.cell_bytes, self.speeds, self.counters.skips)
+
+    def _count(self, tier: str | None, n_skipped: int) -> None:
+        self.counters.hits_host += tier == "host"
+        self.counters.hits_disk += tier == "disk"
+        self.counters.misses += tier is None
+        self.counters.tokens_recomputed += n_skipped
+        self.counters.skips += n_skipped > 0
 
     def release(self, held: Held) -> None:
         """Unlock. Exactly once for each `hold`."""
         with self._lock:
             self._index.unlock(held.nodes)
 
-    def restore(self, held: Held, model: Model, stream: int) -> None:
-        """Put the held tokens' state into an empty stream. Compute thread only. Raises ModelFault.
+    # --- reading from disk
 
-        The blob assembled last is used again when it has room for the held tokens: only blocks that it does not hold yet
-        are copied into it, so users who ask about one context in turn pay for loading, not for putting its blocks
-        together. Cells that it has beyond are dropped from the stream.
+    def _read_ahead(self, nodes: Sequence[Node]) -> None:
+        """Begin to read these nodes into slots, in order, as far as slots can be had. Lock held."""
+        for node in nodes:
+            assert self._reading
+            if self._reading.has(node):
+                continue
+            slot = self._take()
+            if slot is None:
+                return
+            self._index.lock((node,))
+            into = self._tier.bytes_of(slot)[: len(node.tokens) * self._layout.cell_bytes]
+            self._reading.begin(node, into, partial(self._arrived, node, slot))
+
+    def _arrived(self, node: Node, slot: int, lost: BlockLost | None) -> None:
+        """A reading thread is done with a block."""
+        assert self._reading
+        with self._lock:
+            self._reading.forget(node)
+            if lost is None and node.slot < 0:
+                self._index.fill(node, slot, now_s=self._clock.monotonic())
+            else:
+                self._tier.free(slot)
+            damaged = self._lose(node) if lost is not None else []
+            self._index.unlock((node,))
+        for pin in damaged:
+            self.on_damage(pin)
+
+    def _lose(self, node: Node) -> list[str]:
+        """The node's file turned out to be bad and is deleted; the leases that are to be told. Lock held."""
+        if not node.disk_bytes:
+            return []  # told already
+        self._index.leave_disk(node)
+        return [pin for pin, nodes in self._pins.items() if any(node is leased for leased in nodes)]
+
+    def n_unread(self, held: Held) -> int:
+        """Tokens of a match that are not in host RAM yet."""
+        with self._lock:
+            return sum(len(node.tokens) for node in held.nodes if node.slot < 0 and not node.is_hollow)
+
+    def restore(self, held: Held, model: Model, stream: int) -> int:
+        """Put the held tokens' state into an empty stream; returns how many tokens were restored. Compute thread only.
+
+        Fewer than were held when a block was found damaged: then up to the last usable place before it. The blob
+        assembled last is used again when it has room for the held tokens: only blocks that it does not hold yet are
+        copied into it, so users who ask about one context in turn pay for loading, not for putting its blocks together.
+        Cells that it has beyond are dropped from the stream. Raises ModelFault.
         """
-        there, self._assembled = self._assembled, None  # if copying fails, the buffer is nothing any more
-        if there is None or not held.n_tokens <= there.n_cells <= held.n_tokens + held.n_tokens // SLACK + BLOCK_TOKENS:
-            blob = self._assembler.blob(self._bytes(held.nodes), held.n_tokens)
-            there = _Assembled(held.nodes, held.n_tokens, held.n_tokens, blob)
-        else:
-            n_same = _n_same(there, held)
-            if n_same < len(held.nodes):
-                start = held.nodes[n_same].start
-                self._assembler.patch(there.blob, there.n_cells, self._bytes(held.nodes[n_same:]), start, held.n_tokens)
-                there = _Assembled(held.nodes, held.n_tokens, there.n_cells, there.blob)
-        self._assembled = there
+        begin = self._clock.monotonic()
+        nodes, n = held.nodes, held.n_tokens
+        while n:
+            lost = self._assemble(replaced(held, nodes, n))
+            if lost is None:
+                break
+            n = usable(lost.start, held.parts, self.granularity, want_logits=held.want_logits)
+            nodes = tuple(node for node in nodes if node.start < n)
+        if not n:
+            return 0
+        there = self._assembled
+        assert there is not None
         model.load(stream, there.blob)
-        if there.n_cells > held.n_tokens:
-            model.forget(stream, held.n_tokens, -1)
+        if there.n_cells > n:
+            model.forget(stream, n, -1)
+        if held.tier == "host":
+            self.speeds.observe_restore("host", n * self._layout.cell_bytes, self._clock.monotonic() - begin)
+        return n
 
-    def _bytes(self, nodes: Sequence[Node]) -> list[tuple[NDArray[np.uint8], int]]:
-        return [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in nodes]
+    def _assemble(self, held: Held) -> Node | None:
+        """Have the held tokens in the assembly buffer; the first node that cannot be had, if one cannot."""
+        there, self._assembled = self._assembled, None  # if copying fails, the buffer is nothing any more
+        n = held.n_tokens
+        if there is None or not n <= there.n_cells <= n + n // SLACK + BLOCK_TOKENS:
+            n_same, n_cells, blob = 0, n, self._assembler.blank(n)
+        else:
+            n_same, n_cells, blob = _n_same(there, held), there.n_cells, there.blob
+        at = held.nodes[n_same].start if n_same < len(held.nodes) else n
+        todo = held.nodes[n_same:]
+        while todo:
+            ready, lost = self._ready(todo)
+            if lost is not None:
+                return lost
+            end = min(todo[len(ready) - 1].end, n)
+            self._assembler.patch(blob, n_cells, ready, at, end)
+            todo, at = todo[len(ready) :], end
+        n_there = max(n, there.n_tokens) if there is not None and n_same == len(held.nodes) else n
+        nodes = there.nodes if there is not None and n_there > n else held.nodes
+        self._assembled = _Assembled(nodes, n_there, n_cells, blob)
+        return None
+
+    def _ready(self, todo: Sequence[Node]) -> tuple[list[tuple[NDArray[np.uint8], int]], Node | None]:
+        """Bytes of the first nodes that are there by now, at least one: waits for it or reads it. Or the lost one."""
+        ready = [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in _leading(todo)]
+        if ready:
+            return ready, None
+        first = todo[0]
+        assert self._reading
+        self._reading.wait(first)
+        if first.slot >= 0:
+            return [(self._tier.bytes_of(first.slot), len(first.tokens))], None
+        if not first.is_hollow:  # no slot could be had for it
+            scratch = np.empty(len(first.tokens) * self._layout.cell_bytes, np.uint8)
+            try:
+                self._reading.now(first, scratch)
+            except BlockLost:
+                with self._lock:
+                    damaged = self._lose(first)
+                for pin in damaged:
+                    self.on_damage(pin)
+            else:
+                return [(scratch, len(first.tokens))], None
+        return [], first
+
+    # --- save
 
     def n_missing(self, prompt: Prompt, n_evaluated: int) -> int:
         """How many of the first `n_evaluated` tokens could be stored and are not."""
@@ -130,8 +311,8 @@ class PrefixStore:
         """Store what is new of the first `n_evaluated` tokens of `stream`; returns how many tokens were added.
 
         `spend`: the stream is not needed any more, so cells that are stored already are dropped before saving. With
-        `pin` all of it stays until `unpin(pin)`; raises NoRoom when that cannot be had. Without it, what finds no room is
-        not stored. Compute thread only.
+        `pin` all of it stays until `unpin(pin)`; raises NoRoom when that cannot be had, before anything is evicted for
+        it. Without it, what finds no room is not stored. Compute thread only.
         """
         parts = self.pieces(prompt)
         n = storable(n_evaluated, parts, self.granularity)
@@ -142,26 +323,44 @@ class PrefixStore:
         path = list(have.nodes)
         try:
             if pin is not None:
-                self._need_room(len(wanted))
+                self._need_room(path, wanted)
             if wanted:
                 self._add(prompt, root, path, wanted, model, stream, spend=spend)
             with self._lock:
                 if pin is not None:
                     if len(path) < len(have.nodes) + len(wanted):
                         raise NoRoom(len(wanted) * self._tier.slot_bytes, self._tier.n_free * self._tier.slot_bytes)
-                    self._unpin(pin)
                     self._index.pin(path)
+                    self._unpin(pin)
                     self._pins[pin] = tuple(path)
+                elif self._durable and any(self._durable.is_ghost(node) for node in path[len(have.nodes) :]):
+                    self._durable.admit(path)
         finally:
             with self._lock:
                 self._index.unlock(path)
         return sum(len(node.tokens) for node in path[len(have.nodes) :])
 
-    def _need_room(self, n_blocks: int) -> None:
+    def check_room(self, prompt: Prompt) -> None:
+        """Whether a lease of this prompt fits, by what is there now. Raises NoRoom."""
+        parts = self.pieces(prompt)
+        n = storable(prompt.n_tokens, parts, self.granularity)
+        with self._lock:
+            have, wanted = self._index.missing(self._root(prompt.tenant), prompt.tokens, parts, n)
+        self._need_room(have.nodes, wanted)
+
+    def _need_room(self, path: Sequence[Node], wanted: Sequence[Missing]) -> None:
         with self._lock:
             free = self._tier.n_free + self._index.n_reclaimable()
-        if n_blocks > free:
-            raise NoRoom(n_blocks * self._tier.slot_bytes, free * self._tier.slot_bytes)
+            if len(wanted) > free:
+                raise NoRoom(len(wanted) * self._tier.slot_bytes, free * self._tier.slot_bytes)
+            if self._durable:
+                lengths = [len(node.tokens) for node in path if not node.pins] + [w.end - w.start for w in wanted]
+                needed = sum(self._durable.cost(n, self._layout.cell_bytes) for n in lengths)
+                room = self._durable.room(
+                    self._index.n_pinned * self._durable.cost(BLOCK_TOKENS, self._layout.cell_bytes)
+                )
+                if needed > room:
+                    raise NoRoom(needed, max(room, 0))
 
     def _add(
         self,
@@ -185,30 +384,72 @@ class PrefixStore:
         assert np.array_equal(cells.positions[: wanted[-1].end - first], np.arange(first, wanted[-1].end))
         for extent in wanted:
             with self._lock:
+                known = self._index.child(root, path[-1] if path else None, prompt.tokens, extent)
+                if known is not None and not known.is_hollow:  # behind a damaged block
+                    self._index.lock((known,))
+                    path.append(known)
+                    continue
                 slot = self._take()
             if slot is None:
                 return
             cut(cells, extent.start - first, extent.end - extent.start, self._tier.bytes_of(slot))
             with self._lock:
-                node, superfluous = self._index.add(root, path[-1] if path else None, prompt.tokens, extent, slot)
-                for gone in superfluous:
+                path.append(self._enter(prompt, root, path[-1] if path else None, extent, slot, known, n_read=start))
+
+    def _enter(
+        self, prompt: Prompt, root: BlockKey, above: Node | None, extent: Missing, slot: int, known: Node | None, n_read: int
+    ) -> Node:  # fmt: skip
+        """Put a block that lies in `slot` into the index, locked. Lock held."""
+        now_s = self._clock.monotonic()
+        if known is not None and known.is_hollow and known.parent is not None and known.id >= 0:
+            self._index.fill(known, slot, now_s=now_s, n_read=n_read)
+            node = known
+        else:
+            node, superfluous = self._index.add(root, above, prompt.tokens, extent, slot, now_s=now_s, n_read=n_read)
+            for gone in superfluous:
+                if gone.slot >= 0:
                     self._tier.free(gone.slot)
-                self._index.lock((node,))
-            path.append(node)
+                if gone.disk_bytes and self._durable:
+                    self._durable.disk.delete(gone.key)
+        self._index.lock((node,))
+        return node
 
     def _take(self) -> int | None:
         slot = self._tier.take()
         while slot is None:
-            victim = self._index.evict()
-            if victim is None:
+            if not self._evict():
                 return None
-            self._tier.free(victim.slot)
             slot = self._tier.take()
         return slot
+
+    def _evict(self) -> bool:
+        """Free one host slot; False when nothing may go. Lock held."""
+        gone = self._index.evict_host(self._clock.monotonic())
+        if gone is None:
+            return False
+        node, slot = gone
+        self._tier.free(slot)
+        self.counters.evicted_host += 1
+        if self._durable:
+            self._durable.left_host(node)
+        return True
+
+    # --- leases
+
+    def make_durable(self, pin: str, done: Done) -> None:
+        """Call `done`, possibly from another thread, when the pinned prefix is on disk (at once without a disk tier)."""
+        with self._lock:
+            nodes = self._pins.get(pin)
+            if self._durable and nodes is not None:
+                self._durable.lease(pin, nodes, done)
+                return
+        done(None)
 
     def unpin(self, pin: str) -> None:
         """Give a pinned prefix back to eviction. Unknown pins are no error."""
         with self._lock:
+            if self._durable and pin in self._pins:
+                self._durable.drop(pin)
             self._unpin(pin)
 
     def _unpin(self, pin: str) -> None:
@@ -217,32 +458,105 @@ class PrefixStore:
             self._index.unpin(nodes)
 
     @property
+    def pins(self) -> tuple[str, ...]:
+        """What is leased: after the start, the leases that are whole."""
+        with self._lock:
+            return tuple(self._pins)
+
+    # --- budgets
+
+    def limit_host(self, n_bytes: int) -> None:
+        """Keep the host tier within so many bytes from now on, as far as nothing locked or leased is in the way."""
+        with self._lock:
+            self._tier.limit(n_bytes // self._tier.slot_bytes)
+            while self._tier.n_used > self._tier.n_slots_max and self._evict():
+                pass
+            if self._tier.n_slots_max < self._tier.n_slots:
+                self._tier.give_back()
+
+    @property
+    def bytes_configured(self) -> int:
+        """The host tier's budget without memory pressure."""
+        return self._bytes_configured
+
+    @property
     def bytes_total(self) -> int:
-        return self._tier.n_slots * self._tier.slot_bytes
+        return max(self._tier.n_slots_max, self._tier.n_used) * self._tier.slot_bytes
 
     @property
     def bytes_resident(self) -> int:
-        """Bytes of blocks that are not pinned."""
-        return (self._tier.n_slots - self._tier.n_free) * self._tier.slot_bytes - self.bytes_pinned
+        """Bytes of the host tier's blocks that are not pinned."""
+        return self._tier.n_used * self._tier.slot_bytes - self.bytes_pinned
 
     @property
     def bytes_pinned(self) -> int:
+        """Of blocks that must stay in the host tier: pinned, and not on disk (yet)."""
         return self._index.n_pinned * self._tier.slot_bytes
 
-    @property
-    def tier_name(self) -> str:
-        return self._tier.name
+    def status(self) -> StoreStatus:
+        """What an operator sees; the pool of live KV is the engine's to add."""
+        with self._lock:
+            return self._status()
+
+    def _status(self) -> StoreStatus:
+        counters, speeds, durable = self.counters, self.speeds, self._durable
+        host = pool(
+            "host",
+            total=self.bytes_total,
+            resident=self.bytes_resident,
+            leased=self.bytes_pinned,
+            configured=self._bytes_configured,
+            n_blocks=self._tier.n_used,
+        )
+        status = StoreStatus(
+            pools=(host,),
+            policy=self.policy_name,
+            n_leases=len(self._pins),
+            n_hits_host=counters.hits_host,
+            n_hits_disk=counters.hits_disk,
+            n_misses=counters.misses,
+            n_tokens_recomputed=counters.tokens_recomputed,
+            n_evicted_host=counters.evicted_host,
+            prefill_tokens_per_s=speeds.prefill_tokens_per_s,
+            host_bytes_per_s=speeds.host_bytes_per_s,
+            disk_bytes_per_s=speeds.disk_bytes_per_s,
+        )
+        return durable.told(status) if durable else status
+
+    def flush(self) -> None:
+        """Wait until all that was to be read or written by now is."""
+        if self._reading:
+            self._reading.flush()
+        if self._durable:
+            self._durable.flush()
 
     def close(self) -> None:
-        """End the threads that assemble."""
+        """Finish writing and end the threads."""
+        if self._reading:
+            self._reading.close()
+        if self._durable:
+            self._durable.close()
         self._pool.shutdown()
 
     def check_integrity(self) -> None:
-        """Assert index and tier agree: free + resident + pinned = total."""
+        """Assert index and tiers agree: free + resident + pinned = total."""
         with self._lock:
             self._index.check_integrity()
-            slots = [node.slot for node in self._index.nodes()]
-            assert len(slots) == len(set(slots)) == self._tier.n_slots - self._tier.n_free
+            slots = [node.slot for node in self._index.nodes() if node.slot >= 0]
+            n_arriving = self._reading.n_arriving if self._reading else 0
+            assert len(slots) == len(set(slots)) == self._tier.n_used - n_arriving
+            self._status()
+
+
+def replaced(held: Held, nodes: tuple[Node, ...], n_tokens: int) -> Held:
+    """The same match, shorter."""
+    return Held(nodes, n_tokens, held.parts, held.want_logits, held.tier, held.n_skipped)
+
+
+def _leading(nodes: Sequence[Node]) -> list[Node]:
+    """The first nodes that lie in the host tier."""
+    n = next((i for i, node in enumerate(nodes) if node.slot < 0), len(nodes))
+    return list(nodes[:n])
 
 
 def slot_bytes(layout: Layout) -> int:

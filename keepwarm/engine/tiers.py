@@ -13,7 +13,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from keepwarm.core.prompt import Tokens
-from keepwarm.engine.memory import arena
+from keepwarm.engine.memory import arena, release
 
 
 class BlockHead(Struct, frozen=True):
@@ -104,23 +104,30 @@ class HostTier:
     def __init__(self, budget_bytes: int, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self.n_slots = budget_bytes // slot_bytes
+        self.n_slots_max = self.n_slots  # at most so many are handed out now: less under memory pressure
         self._arena = arena(self.n_slots * slot_bytes)
         self._free: list[int] = []  # slots given back: touched pages, taken first
         self._next = 0  # slots from here on were never used
         self._used = np.zeros(self.n_slots, np.bool_)
+        self._returned: set[int] = set()  # free slots whose pages the system has back
+
+    @property
+    def n_used(self) -> int:
+        return self._next - len(self._free)
 
     @property
     def n_free(self) -> int:
-        return len(self._free) + self.n_slots - self._next
+        return max(0, self.n_slots_max - self.n_used)
 
     def take(self) -> int | None:
+        if not self.n_free:
+            return None
         if self._free:
             slot = self._free.pop()
-        elif self._next < self.n_slots:
+            self._returned.discard(slot)
+        else:
             slot = self._next
             self._next += 1
-        else:
-            return None
         assert not self._used[slot]
         self._used[slot] = True
         return slot
@@ -134,7 +141,19 @@ class HostTier:
         self._used[slot] = False
         self._free.append(slot)
 
+    def limit(self, n_slots: int) -> None:
+        """Hand out at most this many from now on; the caller frees those beyond it."""
+        self.n_slots_max = max(0, min(n_slots, self.n_slots))
+
+    def give_back(self) -> None:
+        """Return the pages of free slots to the system."""
+        for slot in self._free:
+            if slot not in self._returned:
+                release(self._arena, slot * self.slot_bytes, (slot + 1) * self.slot_bytes)
+                self._returned.add(slot)
+
     def check_integrity(self) -> None:
         """Assert that every slot is either free or used, once."""
         assert len(set(self._free)) == len(self._free)
-        assert int(self._used.sum()) + self.n_free == self.n_slots
+        assert int(self._used.sum()) == self.n_used
+        assert self._returned <= set(self._free)

@@ -1,7 +1,8 @@
 """The engine's process: `python -m keepwarm.engine.worker FD`, FD one end of a Unix socket pair (frames: wire.py).
 
 Two threads. The reader takes frames and answers look-ups at once, so that a lease never waits for a long ubatch; the
-compute thread (this process's main one) owns the model. When the gateway goes away, so does this process.
+compute thread (this process's main one) owns the model. Beside them the store's threads read, write and assemble, and a
+governor keeps the host tier within what the machine can spare. When the gateway goes away, so does this process.
 """
 
 import ctypes
@@ -13,20 +14,30 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from keepwarm.config import Config
 from keepwarm.core.clock import Clock, SystemClock, draw_seed
 from keepwarm.core.event import Event
 from keepwarm.core.prompt import Lease
-from keepwarm.engine import EngineState, EngineStatus, ModelInfo
+from keepwarm.engine import EngineState, EngineStatus, ModelInfo, StoreStatus
 from keepwarm.engine.core import CoreSettings, EngineCore
+from keepwarm.engine.disk import DirectoryLocked, DiskTier
+from keepwarm.engine.files import Files
+from keepwarm.engine.governor import Governed, govern, pool
+from keepwarm.engine.layout import Layout
+from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.model import LoadFault, Prepared
+from keepwarm.engine.prefix import root_key
+from keepwarm.engine.pressure import MemoryReading, read_memory
 from keepwarm.engine.scripted import N_CTX, ScriptedModel
 from keepwarm.engine.selftest import granularity, layout_of
 from keepwarm.engine.store import Held, PrefixStore, slot_bytes
-from keepwarm.engine.tiers import HostTier
+from keepwarm.engine.tiers import HostTier, TierFault
 from keepwarm.engine.wire import (
     FRAME_BYTES_MAX,
     LENGTH,
@@ -35,7 +46,9 @@ from keepwarm.engine.wire import (
     Drop,
     Events,
     FromWorker,
+    LeaseDamaged,
     LeaseFound,
+    LeasesHeld,
     LoadFailed,
     LookUp,
     Release,
@@ -50,7 +63,7 @@ PR_SET_PDEATHSIG = 1
 STATUS_INTERVAL_S = 0.2  # while busy
 IDLE_S = 0.01  # without work for this long the counters are sent at once
 SOCKET_BUFFER = 4 << 20
-KV_TYPE = "f16"
+GOVERN_S = 1.0  # how often memory pressure is looked at: the kernel's averages change every two seconds
 LAYOUT_VERSION = "blocks-64.1"  # of what a block's bytes mean; part of every key
 
 
@@ -94,18 +107,28 @@ def prepare_scripted(config: Config) -> Prepared:
     return Prepared(model, "scripted", "scripted", "plain", determinism, granularity(model, lambda _: None))
 
 
+class Call(Struct, frozen=True):
+    """Something to do on the compute thread, asked for by another thread of this process."""
+
+    work: Callable[[], None]
+
+
+Work = RunPlan | Cancel | Drop | Call
+
+
 class Worker:
     """The process: configure, load, then compute until the gateway goes away."""
 
     def __init__(self, channel: Channel, clock: Clock) -> None:
         self._channel, self._clock = channel, clock
-        self._inbox: queue.SimpleQueue[RunPlan | Cancel | Drop] = queue.SimpleQueue()  # bounded by the gateway's turns
+        self._inbox: queue.SimpleQueue[Work] = queue.SimpleQueue()  # bounded by the gateway's turns
         self._store: PrefixStore | None = None
         self._leases: dict[str, Held] = {}  # reader thread only
         self._epoch = 0
         self._info: ModelInfo | None = None
         self._told = EngineStatus(EngineState.STARTING, 0, "starting")
         self._told_at = 0.0
+        self._memory: MemoryReading | None = None
 
     def run(self) -> None:
         """Serve until the socket ends. Returns early when the model cannot be loaded."""
@@ -120,8 +143,16 @@ class Worker:
         except LoadFault as exc:
             self._channel.send(LoadFailed(str(exc)))
             return
-        core = self._build(prepared, config, frame.template_digest)
+        try:
+            core = self._build(prepared, config, frame.template_digest)
+        except (DirectoryLocked, TierFault) as exc:
+            self._channel.send(LoadFailed(str(exc)))
+            return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
+        if self._store:
+            self._channel.send(LeasesHeld(self._store.pins))
+            self._store.on_damage = lambda pin: self._channel.send(LeaseDamaged(pin))
+            threading.Thread(target=self._govern, args=(self._store,), name="governor", daemon=True).start()
         self._tell_status(core, EngineState.READY, prepared.detail)
         self._compute(core, prepared.detail)
 
@@ -140,13 +171,7 @@ class Worker:
         layout = layout_of(model) if prepared.granularity else None
         if layout and prepared.granularity:
             self._report("setting up the prefix store")
-            identity = (
-                prepared.digest, template_digest, KV_TYPE, LAYOUT_VERSION, prepared.attention, str(prepared.granularity)
-            )  # fmt: skip
-            tier = HostTier(config.host_bytes(), slot_bytes(layout))
-            self._store = PrefixStore(
-                layout, tier, identity=identity, granularity=prepared.granularity, n_ctx=model.n_ctx
-            )
+            self._store = self._open_store(layout, prepared, config, template_digest)
         self._info = ModelInfo(
             digest=prepared.digest,
             n_ctx=model.n_ctx,
@@ -156,13 +181,41 @@ class Worker:
             attention=prepared.attention,
             determinism=prepared.determinism,
             granularity=prepared.granularity,
-            kv_type=KV_TYPE,
+            kv_type=prepared.kv_type,
             bytes_per_token=layout.cell_bytes if layout else 0,
         )
         for stream in range(model.n_streams):
             model.forget(stream, 0, -1)
         settings = CoreSettings(prepared.determinism == "strict", config.limits.prefill_delay_ms_max)
-        return EngineCore(model, self._store, settings, emit=self._emit, clock=self._clock, seeds=draw_seed)
+        return EngineCore(
+            model, self._store, settings, emit=self._emit, clock=self._clock, seeds=draw_seed, later=self._later
+        )
+
+    def _open_store(self, layout: Layout, prepared: Prepared, config: Config, template_digest: str) -> PrefixStore:
+        """Raises DirectoryLocked, TierFault."""
+        assert prepared.granularity
+        identity = (
+            prepared.digest, template_digest, prepared.kv_type, LAYOUT_VERSION, prepared.attention, str(prepared.granularity)
+        )  # fmt: skip
+        disk_bytes = config.disk_bytes()
+        disk = None
+        if disk_bytes:
+            self._report("reading what is stored")
+            root = config.store_dir()
+            disk = DiskTier(root, disk_bytes, root_key(*identity)), LeaseFiles(Files(), root)
+        return PrefixStore(
+            layout,
+            HostTier(config.host_bytes(), slot_bytes(layout)),
+            identity=identity,
+            granularity=prepared.granularity,
+            n_ctx=prepared.model.n_ctx,
+            disk=disk,
+            policy_name=config.cache.policy,
+            clock=self._clock,
+        )
+
+    def _later(self, work: Callable[[], None]) -> None:
+        self._inbox.put(Call(work))
 
     def _emit(self, events: Sequence[tuple[str, Event]]) -> None:
         self._channel.send(Events(tuple(events)))
@@ -199,9 +252,20 @@ class Worker:
     def _look_up(self, frame: LookUp) -> Lease:
         if self._store is None:
             return Lease(frame.lease_id, 0)
-        held = self._store.hold(frame.prompt, want_logits=True)
+        held = self._store.hold(frame.prompt, want_logits=True, uses=False)
         self._leases[frame.lease_id] = held
-        return Lease(frame.lease_id, held.n_tokens, self._store.tier_name if held.n_tokens else None)
+        return Lease(frame.lease_id, held.n_tokens, held.tier)
+
+    # --- governor thread
+
+    def _govern(self, store: PrefixStore) -> None:
+        """Keep the host tier within what the machine can spare, for ever."""
+        state = Governed(store.bytes_configured)
+        pause = threading.Event()
+        while not pause.wait(GOVERN_S):
+            self._memory = read_memory()
+            state = govern(store.bytes_configured, state, self._memory)
+            store.limit_host(state.bytes_target)
 
     # --- compute thread
 
@@ -216,7 +280,7 @@ class Worker:
             if busy and self._clock.monotonic() - self._told_at > STATUS_INTERVAL_S:
                 self._tell_status(core, EngineState.READY, detail)
 
-    def _next_frame(self, core: EngineCore, detail: str) -> RunPlan | Cancel | Drop:
+    def _next_frame(self, core: EngineCore, detail: str) -> Work:
         """Wait for work; the counters are told when none comes for a moment, not between two turns that follow at once."""
         try:
             return self._inbox.get(timeout=IDLE_S)
@@ -224,7 +288,7 @@ class Worker:
             self._tell_status(core, EngineState.READY, detail)
             return self._inbox.get()
 
-    def _take(self, core: EngineCore, frame: RunPlan | Cancel | Drop) -> None:
+    def _take(self, core: EngineCore, frame: Work) -> None:
         match frame:
             case RunPlan(plan):
                 core.submit(plan)
@@ -232,6 +296,8 @@ class Worker:
                 core.cancel(turn_id)
             case Drop(pin_id):
                 core.drop(pin_id)
+            case Call(work):
+                work()
 
     def _tell_status(self, core: EngineCore, state: EngineState, detail: str) -> None:
         store = self._store
@@ -248,11 +314,28 @@ class Worker:
             host_bytes_total=store.bytes_total if store else 0,
             host_bytes_resident=store.bytes_resident if store else 0,
             host_bytes_pinned=store.bytes_pinned if store else 0,
+            store=self._store_status(core, store) if store else None,
         )
         self._told_at = self._clock.monotonic()
         if status != self._told:
             self._told = status
             self._channel.send(StatusChanged(status))
+
+    def _store_status(self, core: EngineCore, store: PrefixStore) -> StoreStatus:
+        status = store.status()
+        info = self._info
+        assert info is not None
+        total = info.n_streams * info.n_ctx * info.bytes_per_token
+        live = pool(
+            "live",
+            total=total,
+            resident=0,
+            leased=core.n_live_tokens * info.bytes_per_token,  # a running turn's cells are nobody's to evict
+            configured=total,
+            n_blocks=core.n_running,
+        )
+        pressure = self._memory.some_avg10 if self._memory else None
+        return replace(status, pools=(live, *status.pools), memory_pressure=pressure)
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class PrefixMachine(RuleBasedStateMachine):
         for extent in wanted:
             if len(self.index) >= self.room:
                 self.evicted = True
-                if self.index.evict() is None:
+                if self.index.evict_host() is None:
                     break
             node, gone = self.index.add(root, path[-1] if path else None, tokens, extent, slot=0)
             assert not any(g.locks or g.pins for g in gone)

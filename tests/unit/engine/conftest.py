@@ -38,6 +38,7 @@ class Rig:
             emit=self._hear,
             clock=SystemClock(),
             seeds=lambda: 7,
+            later=lambda call: call(),
         )
         self.n = 0
 

@@ -58,7 +58,8 @@ class Rig:
         size = slot_bytes(self.layout)
         store = PrefixStore(self.layout, HostTier(100 * size, size), identity=("m",), granularity=self.g, n_ctx=N_CTX)
         return EngineCore(
-            self.model, store, CoreSettings(strict, 250.0), emit=self.hear, clock=SystemClock(), seeds=lambda: 7
+            self.model, store, CoreSettings(strict, 250.0), emit=self.hear, clock=SystemClock(), seeds=lambda: 7,
+            later=lambda call: call(),
         )
 
     def hear(self, events):

@@ -64,6 +64,8 @@ FROM_WORKER = [
     *(wire.Events((("t1", event), ("t2", EVENTS[0]))) for event in EVENTS),
     wire.Events(()),
     wire.StatusChanged(STATUS),
+    wire.LeasesHeld(("cache-1", "cache-2")),
+    wire.LeaseDamaged("cache-1"),
     wire.LoadFailed("no model file"),
 ]
 

@@ -37,7 +37,7 @@ from tests.unit.engine.conftest import tokens
 
 BLOCK_BYTES = slot_bytes(LAYOUT)
 WAIT_S = 30.0  # a hang is a failure
-CONFIG = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1 << 20))
+CONFIG = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1 << 20, disk_bytes=0))
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def plan(turn_id, prompt, n_out=5, **more):
 
 def test_a_life_of_the_process():
     with worker(CONFIG) as spoken:
-        statuses = [frame.status for frame in spoken.ready()]
+        statuses = [frame.status for frame in spoken.ready() if isinstance(frame, StatusChanged)]
         assert {status.epoch for status in statuses} == {3}
         assert [status.state for status in statuses[:-1]] == [EngineState.STARTING] * (len(statuses) - 1)
         model = statuses[-1].model
@@ -206,7 +206,7 @@ def test_a_life_of_the_process():
 
 
 def test_a_lease_keeps_its_blocks_until_it_is_given_back():
-    config = Config(model=CONFIG.model, cache=CacheConfig(host_bytes=4 * BLOCK_BYTES))
+    config = Config(model=CONFIG.model, cache=CacheConfig(host_bytes=4 * BLOCK_BYTES, disk_bytes=0))
     kept = Prompt("a", tokens(128))
     with worker(config) as spoken:
 
@@ -275,7 +275,7 @@ def test_a_frame_that_is_a_bug_ends_it(raw):
 
 
 def test_without_caching_everything_is_evaluated():
-    config = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1))
+    config = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1, disk_bytes=0))
     with worker(config) as spoken:
         assert spoken.ready()[-1].status.host_bytes_total == 0
         answers = [spoken.run(plan(f"t{i}", tokens(200)))[1:-1] for i in range(2)]
