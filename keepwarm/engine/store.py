@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from keepwarm.core.clock import Clock, SystemClock
 from keepwarm.core.prompt import Prompt
 from keepwarm.engine import StoreStatus
-from keepwarm.engine.breakeven import Speeds, worth
+from keepwarm.engine.breakeven import Speeds, fastest, worth
 from keepwarm.engine.chunks import Piece, pieces, storable, usable
 from keepwarm.engine.disk import DiskTier
 from keepwarm.engine.durable import Done, Durable
@@ -82,7 +82,7 @@ class StoreCounters(Struct):
     hits_disk: int = 0
     misses: int = 0
     tokens_recomputed: int = 0
-    skips: int = 0  # look-ups that left something unread: breakeven.worth tries it again now and then
+    skips: int = 0  # hits that would be faster without reading all: breakeven.worth reads it now and then all the same
     evicted_host: int = 0
 
 
@@ -152,7 +152,7 @@ class PrefixStore:
         with self._lock:
             found = self._index.match(self._root(prompt.tenant), prompt.tokens, parts)
             n_found = usable(found.n_tokens, parts, self.granularity, want_logits=want_logits)
-            n = usable(self._worth(found.nodes, n_found), parts, self.granularity, want_logits=want_logits)
+            n = usable(self._worth(found.nodes, n_found, uses=uses), parts, self.granularity, want_logits=want_logits)
             nodes = tuple(node for node in found.nodes if node.start < n)
             self._index.lock(nodes)
             on_disk = [node for node in nodes if node.slot < 0]
@@ -165,19 +165,21 @@ class PrefixStore:
             self._read_ahead(on_disk)
         return Held(nodes, n, parts, want_logits, tier, n_found - n)
 
-    def _worth(self, nodes: Sequence[Node], n: int) -> int:
+    def _worth(self, nodes: Sequence[Node], n: int, *, uses: bool) -> int:
         """How many of the n found tokens to read. A leased prefix is read in any case: that is what was promised."""
-        if not self._durable or not nodes or nodes[-1].pins or any(node.pins for node in nodes):
+        if not self._durable or any(node.pins for node in nodes):
             return n
-        n_host = next((node.start for node in nodes if node.slot < 0), n)
-        return worth(min(n_host, n), max(n - n_host, 0), self._layout.cell_bytes, self.speeds, self.counters.skips)
+        n_host = min(next((node.start for node in nodes if node.slot < 0), n), n)
+        lies = n_host, n - n_host, self._layout.cell_bytes, self.speeds
+        n_read = worth(*lies, self.counters.skips)
+        self.counters.skips += uses and fastest(*lies) < n
+        return n_read
 
     def _count(self, tier: str | None, n_skipped: int) -> None:
         self.counters.hits_host += tier == "host"
         self.counters.hits_disk += tier == "disk"
         self.counters.misses += tier is None
         self.counters.tokens_recomputed += n_skipped
-        self.counters.skips += n_skipped > 0
 
     def release(self, held: Held) -> None:
         """Unlock. Exactly once for each `hold`."""

@@ -264,7 +264,8 @@ class Worker:
         pause = threading.Event()
         while not pause.wait(GOVERN_S):
             self._memory = read_memory()
-            state = govern(store.bytes_configured, state, self._memory)
+            taken_bytes = store.bytes_resident + store.bytes_pinned
+            state = govern(store.bytes_configured, state, self._memory, taken_bytes=taken_bytes)
             store.limit_host(state.bytes_target)
 
     # --- compute thread

@@ -322,3 +322,58 @@ def test_the_host_tier_shrinks_and_grows_and_loses_nothing_that_is_on_disk(cabin
     kept.store.limit_host(10 * kept.slot)
     kept.save(prompt(256, seed=2))
     assert kept.read(prompt(256), want_logits=False)[0] == 256
+
+
+# --- break-even
+
+
+def test_a_hit_slower_than_computing_is_computed_and_counted_but_a_leased_one_is_read(cabinet):
+    kept = cabinet()
+    kept.lease(prompt(256))
+    kept.save(prompt(256, seed=1))
+    kept.read(prompt(256, seed=1))
+    kept.reopen()
+    for _ in range(50):
+        kept.store.speeds.observe_prefill(512, 512, 0.0001)  # computing is very fast
+        kept.store.speeds.observe_restore("disk", 1 << 20, 10.0)  # and the disk very slow
+    assert kept.read(prompt(256, seed=1))[0] < 254
+    assert kept.store.status().n_tokens_recomputed == 254
+    assert kept.read(prompt(256), want_logits=False) == (256, "disk")
+
+
+def test_a_skipped_hit_is_tried_again_now_and_then(cabinet):
+    kept = cabinet()
+    kept.save(prompt(256, seed=1))
+    kept.read(prompt(256, seed=1))
+    kept.reopen()
+    for _ in range(50):
+        kept.store.speeds.observe_prefill(512, 512, 0.0001)
+        kept.store.speeds.observe_restore("disk", 1 << 20, 10.0)
+    tiers = []
+    for _ in range(32):
+        kept.store.limit_host(0)
+        kept.store.limit_host(kept.store.bytes_configured)
+        held = kept.store.hold(prompt(256, seed=1), want_logits=True)
+        tiers.append(held.tier)
+        kept.store.release(held)
+        kept.store.flush()
+    assert 1 <= tiers.count("disk") <= 4
+
+
+def test_a_conversation_set_hits_as_much_after_a_restart_as_before(cabinet):
+    kept = cabinet(host_blocks=400, disk_blocks=400)
+    conversations = [[prompt(n, seed=seed) for n in (100, 230, 400)] for seed in range(6)]
+
+    def replayed():
+        n_read = n_asked = 0
+        for turn in range(3):
+            for conversation in conversations:
+                n, _ = kept.read(conversation[turn])
+                kept.save(conversation[turn])
+                n_read, n_asked = n_read + n, n_asked + conversation[turn].n_tokens
+        return n_read / n_asked
+
+    cold = replayed()
+    before = replayed()
+    kept.reopen()
+    assert replayed() == before > cold
