@@ -7,6 +7,7 @@ says nothing. State at rest is in the prefix store; a stream's cells live only a
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -29,8 +30,10 @@ from keepwarm.engine.chunks import Piece, next_rows, pieces, usable
 from keepwarm.engine.model import DecodeStep, GrammarFault, Model, ModelFault, Sampler
 from keepwarm.engine.output import OutputReader
 from keepwarm.engine.prefix import common_length
+from keepwarm.engine.reuse import Match, Store
 from keepwarm.engine.scheduler import Abandon, Admit, Decode, Pace, Phase, Prefill, View, decide, rows_within
-from keepwarm.engine.store import Held, NoRoom, PrefixStore
+from keepwarm.engine.snapshot_index import cut_at
+from keepwarm.engine.store import NoRoom
 from keepwarm.engine.tiers import TierFault, TierFull
 
 SEED_MASK = 0xFFFFFFFF  # llama.cpp's random source takes 32 bits
@@ -61,8 +64,9 @@ class Counters(Struct):
 class Run:
     """One turn on its way through the engine."""
 
-    def __init__(self, plan: Plan, parts: tuple[Piece, ...], now: float) -> None:
-        self.plan, self.parts = plan, parts
+    def __init__(self, plan: Plan, parts: tuple[Piece, ...], points: tuple[int, ...], now: float) -> None:
+        self.plan, self.parts, self.points = plan, parts, points
+        self.chunked = parts  # what prefill follows: the pieces, cut where it stops to save
         self.reader = OutputReader(plan.output)
         self.phase = Phase.QUEUED
         self.stream: int | None = None
@@ -74,7 +78,7 @@ class Run:
         self.passed_over = 0
         self.waits_for: str | None = None
         self.waits_until = 0
-        self.held: Held | None = None  # while it waits for the disk
+        self.held: Match | None = None  # while it waits for the disk
         self.arrived = now
         self.queue_s = self.lookup_s = self.restore_s = self.evaluate_s = self.decode_s = 0.0
 
@@ -114,7 +118,7 @@ class EngineCore:
     def __init__(
         self,
         model: Model,
-        store: PrefixStore | None,
+        store: Store[Any] | None,
         settings: CoreSettings,
         *,
         emit: Emit,
@@ -158,7 +162,9 @@ class EngineCore:
                 self._flush()
                 return
         granularity = self._store.granularity if self._store else 1
-        run = Run(plan, pieces(plan.prompt.n_tokens, plan.prompt.marks, granularity), self._clock.monotonic())
+        parts = pieces(plan.prompt.n_tokens, plan.prompt.marks, granularity)
+        points = self._store.snapshot_points(plan.prompt) if self._store and plan.store else ()
+        run = Run(plan, parts, points, self._clock.monotonic())
         if plan.output.max_tokens:
             seed = self._seeds() if plan.sampling.seed is None else plan.sampling.seed & SEED_MASK
             try:
@@ -250,18 +256,19 @@ class EngineCore:
         self.counters.restored += run.n_read
         self._tell(run.plan.turn_id, Started(run.n_prompt, run.n_read, held.tier if held and run.n_read else None))
         run.phase = Phase.PREFILL
+        run.chunked = cut_at(run.parts, run.points, run.pos)
         if run.pos == run.n_prompt and not run.plan.output.max_tokens:
             self._end(run, "stop")
 
-    def _look_up(self, run: Run) -> Held | None:
+    def _look_up(self, run: Run) -> Match | None:
         """The usable prefix, locked; or the run is made to wait for a turn that is computing more of it."""
         if not (self._store and run.plan.reuse):
             return None
         if run.held is not None:  # it waited for the disk
-            held, run.held = run.held, None
-            return held
+            waited, run.held = run.held, None
+            return waited
         want_logits = run.plan.output.max_tokens > 0
-        held = self._store.hold(run.prompt, want_logits=want_logits)
+        held: Match = self._store.hold(run.prompt, want_logits=want_logits)
         if self._has_company(run) and self._store.n_unread(held) > UNREAD_TOKENS_MAX:
             run.phase, run.held = Phase.WAITING, held
             return None
@@ -274,7 +281,8 @@ class EngineCore:
             return None
         assert donor.stream is not None
         self._store.save(donor.prompt, donor.n_evaluated, self._model, donor.stream, spend=False, pin=None)
-        return self._store.hold(run.prompt, want_logits=want_logits)
+        held = self._store.hold(run.prompt, want_logits=want_logits)
+        return held
 
     def _has_company(self, run: Run) -> bool:
         """Whether other turns would have to wait while this one's blocks come from the disk."""
@@ -310,7 +318,7 @@ class EngineCore:
         assert run.stream is not None
         granularity = self._store.granularity if self._store else 1
         begin = self._clock.monotonic()
-        rows = next_rows(run.pos, run.parts, granularity, rows_max)
+        rows = next_rows(run.pos, run.chunked, granularity, rows_max)
         last = run.pos + rows == run.n_prompt
         want_logits = last and run.plan.output.max_tokens > 0
         self._model.evaluate(run.stream, run.prompt.tokens[run.pos : run.pos + rows], run.pos, want_logits=want_logits)
@@ -319,6 +327,8 @@ class EngineCore:
         if self._store:
             self._store.speeds.observe_prefill(rows, run.pos, spent)
         run.pos += rows
+        if self._store and run.pos in run.points:  # later it cannot be taken out of the state any more
+            self._store.save(run.prompt, run.pos, self._model, run.stream, spend=False, pin=None)
         run.evaluate_s += spent
         self.counters.evaluated += rows
         run.passed_over = 0

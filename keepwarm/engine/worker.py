@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -34,9 +34,13 @@ from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.model import LoadFault, Prepared
 from keepwarm.engine.prefix import root_key
 from keepwarm.engine.pressure import MemoryReading, read_memory
+from keepwarm.engine.ram import RamTier
+from keepwarm.engine.reuse import Match, Store
 from keepwarm.engine.scripted import N_CTX, ScriptedModel
 from keepwarm.engine.selftest import granularity, layout_of
-from keepwarm.engine.store import Held, PrefixStore, slot_bytes
+from keepwarm.engine.snapshots import LAYOUT_VERSION as SNAPSHOT_VERSION
+from keepwarm.engine.snapshots import SnapshotStore
+from keepwarm.engine.store import PrefixStore, slot_bytes
 from keepwarm.engine.tiers import HostTier, TierFault
 from keepwarm.engine.wire import (
     FRAME_BYTES_MAX,
@@ -122,8 +126,8 @@ class Worker:
     def __init__(self, channel: Channel, clock: Clock) -> None:
         self._channel, self._clock = channel, clock
         self._inbox: queue.SimpleQueue[Work] = queue.SimpleQueue()  # bounded by the gateway's turns
-        self._store: PrefixStore | None = None
-        self._leases: dict[str, Held] = {}  # reader thread only
+        self._store: Store[Any] | None = None
+        self._leases: dict[str, Match] = {}  # reader thread only
         self._epoch = 0
         self._info: ModelInfo | None = None
         self._told = EngineStatus(EngineState.STARTING, 0, "starting")
@@ -168,8 +172,8 @@ class Worker:
 
     def _build(self, prepared: Prepared, config: Config, template_digest: str) -> EngineCore:
         model = prepared.model
-        layout = layout_of(model) if prepared.granularity else None
-        if layout and prepared.granularity:
+        layout = layout_of(model) if prepared.reuse == "blocks" else None
+        if prepared.reuse != "none":
             self._report("setting up the prefix store")
             self._store = self._open_store(layout, prepared, config, template_digest)
         self._info = ModelInfo(
@@ -191,11 +195,14 @@ class Worker:
             model, self._store, settings, emit=self._emit, clock=self._clock, seeds=draw_seed, later=self._later
         )
 
-    def _open_store(self, layout: Layout, prepared: Prepared, config: Config, template_digest: str) -> PrefixStore:
-        """Raises DirectoryLocked, TierFault."""
+    def _open_store(
+        self, layout: Layout | None, prepared: Prepared, config: Config, template_digest: str
+    ) -> Store[Any]:
+        """Blocks by the model's layout, whole states without one. Raises DirectoryLocked, TierFault."""
         assert prepared.granularity
+        version = LAYOUT_VERSION if layout else SNAPSHOT_VERSION
         identity = (
-            prepared.digest, template_digest, prepared.kv_type, LAYOUT_VERSION, prepared.attention, str(prepared.granularity)
+            prepared.digest, template_digest, prepared.kv_type, version, prepared.attention, str(prepared.granularity)
         )  # fmt: skip
         disk_bytes = config.disk_bytes()
         disk = None
@@ -203,6 +210,15 @@ class Worker:
             self._report("reading what is stored")
             root = config.store_dir()
             disk = DiskTier(root, disk_bytes, root_key(*identity)), LeaseFiles(Files(), root)
+        if layout is None:
+            return SnapshotStore(
+                RamTier(config.host_bytes()),
+                identity=identity,
+                granularity=prepared.granularity,
+                disk=disk,
+                policy_name=config.cache.policy,
+                clock=self._clock,
+            )
         return PrefixStore(
             layout,
             HostTier(config.host_bytes(), slot_bytes(layout)),
@@ -258,7 +274,7 @@ class Worker:
 
     # --- governor thread
 
-    def _govern(self, store: PrefixStore) -> None:
+    def _govern(self, store: Store[Any]) -> None:
         """Keep the host tier within what the machine can spare, for ever."""
         state = Governed(store.bytes_configured)
         pause = threading.Event()
@@ -322,7 +338,7 @@ class Worker:
             self._told = status
             self._channel.send(StatusChanged(status))
 
-    def _store_status(self, core: EngineCore, store: PrefixStore) -> StoreStatus:
+    def _store_status(self, core: EngineCore, store: Store[Any]) -> StoreStatus:
         status = store.status()
         info = self._info
         assert info is not None
