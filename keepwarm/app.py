@@ -23,13 +23,15 @@ from starlette.applications import Starlette
 
 from keepwarm.cache.objects import Objects
 from keepwarm.cache.render import Templating
-from keepwarm.config import Config
+from keepwarm.config import Config, ConfigError
 from keepwarm.core.clock import Clock, Ids, RandomIds, SystemClock
+from keepwarm.core.request import Tool
 from keepwarm.dialects import WireBounds
 from keepwarm.dialects.kimi import KimiChat
+from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine.local import EngineFault, LocalEngine, open_tokenizer
 from keepwarm.gateway.admission import Admission
-from keepwarm.gateway.auth import DevAuth, KeyAuth
+from keepwarm.gateway.auth import Auth, DevAuth, KeyAuth
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.rendering import Rendering
@@ -37,6 +39,7 @@ from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.settling import Settling
 from keepwarm.gateway.turn import Turns
 from keepwarm.gateway.warming import EpochEngine, Warming
+from keepwarm.gateway.warmup import WarmText, WarmUp, read_prompts
 from keepwarm.server.connection import bounded_http
 from keepwarm.server.endpoints import RestartableEngine, Services
 from keepwarm.server.routes import application
@@ -85,7 +88,7 @@ def serve(config: Config) -> None:
             raise ServeError(str(fault)) from fault
         except BaseExceptionGroup as group:
             first = _first(group)
-            if isinstance(first, EngineFault):
+            if isinstance(first, EngineFault | ConfigError):
                 raise ServeError(str(first)) from group
             raise
 
@@ -118,26 +121,31 @@ async def _serve(config: Config, log: Log, clock: Clock, ids: Ids) -> None:
 async def gateway(
     config: Config, model: Model, storage: Storage, clock: Clock, ids: Ids, log: Log
 ) -> AsyncIterator[Gateway]:
-    """The gateway and its background work, for as long as the context lasts."""
+    """The gateway and its background work, for as long as the context lasts. Raises ConfigError for a `[[warm]]` file."""
     objects = Objects(storage)
     models = ServedModels(config.model, any_name=config.dev)
     admission = Admission(config.limits.turns_max, config.limits.turns_per_tenant_max)
+    auth = DevAuth() if config.dev else KeyAuth(storage)
+    prompts = await _warm_prompts(config, auth)
+    is_durable = await asyncio.to_thread(config.disk_bytes) != 0  # once: what is free on the disk changes
     rendering = Rendering(model.templating, model.to_gbnf, config.limits)
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, ids, log, tasks)
-            warming = Warming(objects, rendering, model.engine, runtime)
+            warmup = WarmUp(prompts, rendering, model.engine, runtime)
+            warming = Warming(objects, rendering, model.engine, warmup, runtime, is_durable=is_durable)
             settling = Settling(config.cache, rendering, model.engine, runtime)
             caching = Caching(config, models, admission, objects, rendering, model.engine, warming, runtime)
             turns = Turns(config, models, admission, caching, rendering, model.engine, settling, runtime)
-            auth = DevAuth() if config.dev else KeyAuth(storage)
             services = Services(config, auth, models, turns, caching, model.engine, runtime, int(clock.now()))
             await warming.recover()
             background = [
                 tasks.create_task(warming.work()),
                 tasks.create_task(warming.follow_engine()),
+                tasks.create_task(warming.follow_damage()),
                 tasks.create_task(warming.tick_forever()),
                 tasks.create_task(settling.work()),
+                tasks.create_task(warmup.work()),
             ]
             try:
                 yield Gateway(application(services), turns, warming, settling)
@@ -147,6 +155,23 @@ async def gateway(
                     task.cancel()
     finally:
         await asyncio.to_thread(rendering.close)
+
+
+async def _warm_prompts(config: Config, auth: Auth) -> tuple[WarmText, ...]:
+    """The prompts of `[[warm]]`, read. With --dev their tenant is given as the key that requests carry."""
+    tenants: dict[str, str] = {}
+    if config.dev:
+        for prompt in config.warm:
+            tenants[prompt.tenant] = (await auth.principal(f"Bearer {prompt.tenant}")).tenant
+    dialect = OpenAIChat(msgspec.convert(config.limits, WireBounds, from_attributes=True))
+
+    def tools_of(raw: bytes) -> tuple[Tool, ...]:
+        """As a client's are read, so that the bits are the same."""
+        message = {"role": "user", "content": "-"}
+        body = msgspec.json.encode({"model": "-", "messages": [message], "tools": msgspec.Raw(raw)})
+        return dialect.parse_chat({}, body).request.tools or ()
+
+    return await asyncio.to_thread(read_prompts, config.warm, tenants, tools_of)
 
 
 class Server(uvicorn.Server):

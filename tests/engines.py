@@ -6,13 +6,13 @@ its `script`; by default it answers "ok" and counts like an engine with nothing 
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ChoiceFinished, Event, Finished, Started, TextDelta, Timings, Usage
 from keepwarm.core.prompt import Lease, Plan, Prompt
-from keepwarm.engine import EngineState, EngineStatus, ModelInfo
+from keepwarm.engine import EngineState, EngineStatus, ModelInfo, StoreStatus
 
 Script = Callable[[Plan], Sequence[Event]]
 N_CTX = 2048
@@ -61,8 +61,13 @@ class StepEngine:
         self.running: set[str] = set()
         self.pins: set[str] = set()
         self.cancelled: list[str] = []
+        self.dropped: list[str] = []
         self.overloaded = False
         self.restarts = 0
+        self.model: ModelInfo | None = MODEL
+        self.store: StoreStatus | None = None
+        self._held: frozenset[str] = frozenset()
+        self._damaged: asyncio.Queue[str] = asyncio.Queue()
         self._epochs: deque[int] = deque([1])
         self._changed = asyncio.Event()
 
@@ -72,7 +77,9 @@ class StepEngine:
         return not self.leases and not self.running
 
     def status(self) -> EngineStatus:
-        return EngineStatus(self.state, self.epoch, self.state.value, MODEL, n_running=len(self.running))
+        return EngineStatus(
+            self.state, self.epoch, self.state.value, self.model, n_running=len(self.running), store=self.store
+        )
 
     @asynccontextmanager
     async def lease(self, prompt: Prompt) -> AsyncIterator[Lease]:
@@ -108,6 +115,7 @@ class StepEngine:
     async def drop(self, pin_id: str) -> None:
         self._require_ready()
         self.pins.discard(pin_id)
+        self.dropped.append(pin_id)
 
     def restart(self) -> None:
         """End the process: what it held is gone, and a new one is ready at once."""
@@ -115,10 +123,35 @@ class StepEngine:
         self.lose()
 
     def lose(self) -> None:
-        self.epoch += 1
+        """The process is gone with all it held, and a new one is ready at once."""
+        self.go_down()
+        self.come_up()
+
+    def go_down(self) -> None:
+        """The process is gone with all it held."""
+        self.state = EngineState.DOWN
         self.pins.clear()
-        self._epochs.append(self.epoch)
-        self._changed.set()
+        self._tell(self.epoch)
+
+    def come_up(self, held: Iterable[str] = ()) -> None:
+        """A new process is ready, and has these leases from the disk."""
+        self.epoch += 1
+        self.state = EngineState.READY
+        self._held = frozenset(held)
+        self.pins |= self._held
+        self._tell(self.epoch)
+
+    def damage(self, pin_id: str) -> None:
+        """A block of this lease is found damaged: it is no longer whole."""
+        self.pins.discard(pin_id)
+        self._damaged.put_nowait(pin_id)
+
+    def held_leases(self) -> frozenset[str]:
+        return self._held
+
+    async def damaged(self) -> AsyncIterator[str]:
+        while True:
+            yield await self._damaged.get()
 
     async def epochs(self) -> AsyncIterator[int]:
         while True:
@@ -126,6 +159,10 @@ class StepEngine:
                 yield self._epochs.popleft()
             self._changed.clear()
             await self._changed.wait()
+
+    def _tell(self, epoch: int) -> None:
+        self._epochs.append(epoch)
+        self._changed.set()
 
     def _require_ready(self) -> None:
         if self.state is not EngineState.READY:

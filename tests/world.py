@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 from structlog.testing import LogCapture
 
 from keepwarm.app import Gateway, Model, gateway
@@ -26,9 +27,12 @@ from tests.engines import StepEngine
 CONFIG = Config(
     dev=True,
     model=ModelConfig(name="small", engine="scripted"),
-    cache=CacheConfig(auto_tokens_min=64),
+    cache=CacheConfig(auto_tokens_min=64, disk_bytes=0),
     limits=Limits(turns_max=8, turns_per_tenant_max=6),
 )
+
+HANG_S = 60.0  # a hang is a failure
+DURABLE = replace(CONFIG, cache=replace(CONFIG.cache, disk_bytes=1 << 30))  # leases outlive the engine
 
 
 class FakeClock:
@@ -223,8 +227,9 @@ class World:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the others run until `condition` holds."""
-    while not condition():  # noqa: ASYNC110 - any state of the engine can be asked about, not only those with an event
-        await asyncio.sleep(0)
+    async with asyncio.timeout(HANG_S):
+        while not condition():  # noqa: ASYNC110 - any state of the engine can be asked, not only those with an event
+            await asyncio.sleep(0)
 
 
 def capturing_log() -> tuple[Log, list[Any]]:
@@ -244,7 +249,10 @@ def no_grammar(schema: str) -> str:
 
 @asynccontextmanager
 async def world(data_dir: Path, *, config: Config = CONFIG, engine: StepEngine | None = None) -> AsyncIterator[World]:
-    """A running gateway with its data in `data_dir`; a second one over the same directory is a restart."""
+    """A running gateway with its data in `data_dir`; a second one over the same directory is a restart.
+
+    The engine has no disk tier (`config`), so its leases end with it; see `DURABLE`.
+    """
     log, logged = capturing_log()
     clock, engine = FakeClock(), engine or StepEngine()
     storage = await asyncio.to_thread(Storage.open, database_path(data_dir), config.limits.db_busy_s_max)

@@ -3,7 +3,8 @@
 Which status follows which is `core.cache_object.TRANSITIONS`; this module applies it to rows. Every change is one
 transaction. A computation of an object's prefix may come back late, so its outcome is a compare-and-set on the
 `generation` it was started for: an object that was updated meanwhile takes no notice of it. Rows are written for the
-tenant that owns them, and every read a client can cause names the tenant; `find` and `everyones` are for the operator.
+tenant that owns them, and every read a client can cause names the tenant; `find` and `everyones` are for the operator
+and for ids that come from the engine.
 """
 
 import msgspec
@@ -130,11 +131,17 @@ class Objects:
 
         return await self._storage.run(read)
 
-    async def engine_lost(self, now: float) -> list[CacheObject]:
-        """The engine started anew and holds nothing: ready objects start over. Returns all that are now to be computed."""
+    async def engine_lost(self, now: float, held: frozenset[str] = frozenset()) -> list[CacheObject]:
+        """The engine started anew and holds the leases of `held`, no others: other ready objects start over.
+
+        Returns all that are now to be computed.
+        """
+        ready = sa.select(cache_objects.c.id).where(cache_objects.c.status == ObjectStatus.READY.value)
 
         def change(connection: sa.Connection) -> list[CacheObject]:
-            for old in _many(connection, cache_objects.c.status == ObjectStatus.READY.value):
+            for object_id in set(connection.execute(ready).scalars()) - held:  # ids first: messages may be large
+                old = _one(connection, cache_objects.c.id == object_id)
+                assert old is not None, "read in this transaction"
                 new = after(old, Cause.ENGINE_LOST)
                 assert new is not None, "a ready object can lose its state"
                 _write(connection, new)
@@ -214,7 +221,7 @@ class Objects:
         await self._storage.run(lambda connection: connection.execute(statement))
 
     async def find(self, object_id: str) -> CacheObject | None:
-        """An object whoever owns it. For the operator's command line, never for a client."""
+        """An object whoever owns it. For the operator and the engine's own ids, never for a client."""
         return await self._storage.run(lambda connection: _one(connection, cache_objects.c.id == object_id))
 
     async def everyones(self, tenant: str | None = None) -> list[CacheObject]:

@@ -12,6 +12,8 @@ from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
 from keepwarm.cli.serve import EXAMPLE as SERVE_EXAMPLE
 from keepwarm.cli.serve import serve
+from keepwarm.cli.store import EXAMPLE as STORE_EXAMPLE
+from keepwarm.cli.store import store
 from keepwarm.cli.verify import EXAMPLE as VERIFY_EXAMPLE
 from keepwarm.cli.verify import verify
 
@@ -24,6 +26,7 @@ def build() -> typer.Typer:
     root.callback(help=SUMMARY, epilog=_epilog(DEMO_EXAMPLE))(_common)
     _add(root, "serve", serve, SERVE_EXAMPLE)
     _add(root, "demo", demo, DEMO_EXAMPLE)
+    _add(root, "store", store, STORE_EXAMPLE)
     _add(root, "verify", verify, VERIFY_EXAMPLE)
     bench_group = _group("Measure this machine.")
     _add(bench_group, "ttft", bench.ttft, bench.TTFT_EXAMPLE)

@@ -24,12 +24,12 @@ class ObjectStatus(Enum):
 class Cause(Enum):
     """Why an object changes its status."""
 
-    COMPUTED = "computed"  # the prefix is resident and pinned
-    FAILED = "failed"  # it cannot be: `error` says why
+    COMPUTED = "computed"  # the prefix is stored and leased
+    FAILED = "failed"  # it cannot be, or could not be again after damage: `error` says why
     EXPIRED = "expired"
     UPDATED = "updated"  # PUT, or reset_ttl on use of one that is not live
     RENEWED = "renewed"  # reset_ttl on use of a live one: only its lifetime changes
-    ENGINE_LOST = "engine_lost"  # the engine restarted: rebuilt from the stored messages
+    ENGINE_LOST = "engine_lost"  # the engine restarted without its lease: rebuilt from the stored messages
 
 
 TRANSITIONS: dict[tuple[ObjectStatus, Cause], ObjectStatus] = {
@@ -39,6 +39,7 @@ TRANSITIONS: dict[tuple[ObjectStatus, Cause], ObjectStatus] = {
     (ObjectStatus.PENDING, Cause.UPDATED): ObjectStatus.PENDING,
     (ObjectStatus.PENDING, Cause.RENEWED): ObjectStatus.PENDING,
     (ObjectStatus.PENDING, Cause.ENGINE_LOST): ObjectStatus.PENDING,
+    (ObjectStatus.READY, Cause.FAILED): ObjectStatus.ERROR,
     (ObjectStatus.READY, Cause.EXPIRED): ObjectStatus.INACTIVE,
     (ObjectStatus.READY, Cause.UPDATED): ObjectStatus.PENDING,
     (ObjectStatus.READY, Cause.RENEWED): ObjectStatus.READY,

@@ -29,7 +29,9 @@ from keepwarm.engine.wire import (
     Drop,
     Events,
     FrameBuffer,
+    LeaseDamaged,
     LeaseFound,
+    LeasesHeld,
     LoadFailed,
     LookUp,
     Release,
@@ -79,6 +81,9 @@ class LocalEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._turns: dict[str, asyncio.Queue[Event]] = {}
         self._leases: dict[str, asyncio.Future[Lease]] = {}
+        self._held: frozenset[str] = frozenset()
+        self._damaged: dict[str, None] = {}  # in order, each once: no more than there are leases
+        self._damage = asyncio.Event()
         self._heard_at = 0.0
         self._stopping = False
 
@@ -103,6 +108,20 @@ class LocalEngine:
                 yield seen
             else:
                 seen = status.epoch  # it starts, or died before it was ready
+
+    def held_leases(self) -> frozenset[str]:
+        """The pin ids whose leases this process found whole at its start; none before it is ready."""
+        return self._held
+
+    async def damaged(self) -> AsyncIterator[str]:
+        """Pin ids of leases with a damaged block, as they are found; for one reader, and never ends by itself."""
+        while True:
+            await self._damage.wait()
+            while self._damaged:
+                pin_id = next(iter(self._damaged))
+                del self._damaged[pin_id]
+                yield pin_id
+            self._damage.clear()
 
     @asynccontextmanager
     async def lease(self, prompt: Prompt) -> AsyncIterator[Lease]:
@@ -135,7 +154,7 @@ class LocalEngine:
                 self._send(Cancel(plan.turn_id))
 
     async def drop(self, pin_id: str) -> None:
-        if self._status.state is EngineState.READY:  # a new engine process has no pins
+        if self._status.state is EngineState.READY:  # what another process finds of it is `held_leases`
             self._send(Drop(pin_id))
 
     def restart(self) -> None:
@@ -165,6 +184,8 @@ class LocalEngine:
 
     async def _live(self, epoch: int) -> None:
         """One life of the process, from start to end of its socket."""
+        self._held = frozenset()
+        self._damaged.clear()  # the new process says what is whole
         await self._set(EngineStatus(EngineState.STARTING, epoch, "starting the engine process"))
         environment = await asyncio.to_thread(self._config.engine_environment)  # counts cores: reads files
         ours, theirs = socket.socketpair()
@@ -205,18 +226,27 @@ class LocalEngine:
                 return None
             self._heard_at = self._clock.monotonic()
             for body in frames.feed(read):
-                match decode_from_worker(body):
-                    case Events(events):
-                        for turn_id, event in events:
-                            self._deliver(turn_id, event)
-                    case LeaseFound(lease):
-                        waiting = self._leases.get(lease.lease_id)
-                        if waiting and not waiting.done():
-                            waiting.set_result(lease)
-                    case StatusChanged(status):
-                        await self._set(status)
-                    case LoadFailed(message):
-                        return message
+                frame = decode_from_worker(body)
+                if isinstance(frame, LoadFailed):
+                    return frame.message
+                await self._take(frame)
+
+    async def _take(self, frame: Events | LeaseFound | LeasesHeld | LeaseDamaged | StatusChanged) -> None:
+        match frame:
+            case Events(events):
+                for turn_id, event in events:
+                    self._deliver(turn_id, event)
+            case LeaseFound(lease):
+                waiting = self._leases.get(lease.lease_id)
+                if waiting and not waiting.done():
+                    waiting.set_result(lease)
+            case LeasesHeld(pin_ids):
+                self._held = frozenset(pin_ids)
+            case LeaseDamaged(pin_id):
+                self._damaged[pin_id] = None
+                self._damage.set()
+            case StatusChanged(status):
+                await self._set(status)
 
     def _deliver(self, turn_id: str, event: Event) -> None:
         events = self._turns.get(turn_id)

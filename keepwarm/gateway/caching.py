@@ -176,6 +176,17 @@ class Caching:
                 f"limit {self._config.tenant_tokens_max}; delete one first"
             )
             raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
+        n_bytes_max = self._config.tenant_lease_bytes_max
+        if n_bytes_max is None:
+            return
+        bytes_per_token = served_model(self._engine).bytes_per_token
+        n_bytes, n_bytes_live = n_tokens * bytes_per_token, n_live * bytes_per_token
+        if n_bytes_live + n_bytes > n_bytes_max:
+            message = (
+                f"this cache needs {n_bytes:,} bytes and your live caches hold {n_bytes_live:,}, "
+                f"limit {n_bytes_max:,}; delete one first"
+            )
+            raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
 
     # The last of the class: below its definition `list` would mean this method.
     async def list(self, tenant: str, page: Page) -> list[CacheObject]:

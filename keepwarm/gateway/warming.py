@@ -1,17 +1,22 @@
-"""Keeps live cache objects' prefixes resident: computes pending ones, rebuilds them in a new engine, drops dead ones.
+"""Keeps live cache objects' prefixes leased: computes pending ones, rebuilds what was lost or damaged, drops dead ones.
 
-The truth about objects is in the database; this module holds hints about what to do next and which pins this process
-has set, so losing either costs time only:
+The truth about objects is in the database, and about leases in the engine; this module holds hints about what to do
+next, so losing them costs time only:
 
-    create / update / a new engine epoch ──> wanted ──> worker: lease → plan_object → engine.run ──> settle ready | error
-    once a second: expired objects → inactive; pins of objects that are gone (also through the CLI) → engine.drop
+    create / update / lease lost ──> wanted ──> worker: lease → plan_object → engine.run ──> settle ready | error
+    lease damaged ─────────────────> wanted, still `ready` ──> … ──> nothing to settle | error
+    engine READY: ready objects without a whole lease → pending; leases without a live object → engine.drop
+    once a second: expired objects → inactive; leases of objects that are gone (also through the CLI) → engine.drop
 
-An object is settled by generation, so a computation begun before an update or in a lost engine is never taken for it.
+With a disk tier (`is_durable`) leases outlive both processes, so a lost engine changes nothing until the next one has
+said what it holds; without one, ready objects are pending as soon as it is gone. An object is settled by generation, so
+a computation begun before an update or in a lost engine is never taken for it.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from keepwarm.cache.objects import Objects
@@ -19,10 +24,11 @@ from keepwarm.cache.planner import plan_object
 from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Failed, Finished
-from keepwarm.engine import Engine
+from keepwarm.engine import Engine, EngineState
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.stream import closing, internal_error
+from keepwarm.gateway.warmup import WarmUp
 from keepwarm.telemetry import where
 
 TICK_S = 1.0  # how late a pin of a dead object may be given back; look-ups go by the clock and are never late
@@ -39,20 +45,42 @@ class EpochEngine(Engine, Protocol):
         """Each epoch as it becomes READY, beginning with the current one, and again when its process is gone."""
         ...
 
+    def held_leases(self) -> frozenset[str]:
+        """The pin ids whose leases the current process found whole at its start."""
+        ...
+
+    def damaged(self) -> AsyncIterator[str]:
+        """Pin ids of leases in which a block was found damaged, for one reader; never ends by itself."""
+        ...
+
 
 class Warming:
     """The background side of cache objects."""
 
-    def __init__(self, objects: Objects, rendering: Rendering, engine: EpochEngine, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        rendering: Rendering,
+        engine: EpochEngine,
+        warmup: WarmUp,
+        runtime: Runtime,
+        *,
+        is_durable: bool,
+    ) -> None:
+        """`is_durable`: there is a disk tier. The leases of `warmup` are kept though no object has them."""
         self._objects = objects
         self._rendering = rendering
         self._engine = engine
+        self._warmup = warmup
+        self._is_durable = is_durable
         self._clock = runtime.clock
         self._ids = runtime.ids
         self._log = runtime.log
         self._wanted: OrderedDict[str, str] = OrderedDict()  # object id -> tenant, next one last
         self._wake = asyncio.Event()
         self._pinned: set[str] = set()
+        self._damaged: set[str] = set()  # ready objects to be computed again
+        self._adopted_epoch = 0  # the latest whose leases were compared with the database
         self._last_used: dict[str, float] = {}  # monotonic, of objects used by this process
         self._attempts: dict[str, int] = {}  # engine losses while computing this object
         self._is_idle = False
@@ -69,11 +97,12 @@ class Warming:
         self._last_used[object_id] = self._clock.monotonic()
 
     async def drop(self, object_id: str) -> None:
-        """Give back an object's pin now. A lost engine holds no pins, so ENGINE_DOWN is no error."""
+        """Give back an object's lease now. One that a lost engine still has on disk is found at its next start."""
         self._wanted.pop(object_id, None)
         self._last_used.pop(object_id, None)
         self._attempts.pop(object_id, None)
         self._pinned.discard(object_id)
+        self._damaged.discard(object_id)
         try:
             await self._engine.drop(object_id)
         except ApiError as error:
@@ -100,14 +129,29 @@ class Warming:
             self._is_idle = False
 
     async def warm(self, tenant: str, object_id: str) -> bool:
-        """Compute one object if it is still wanted. False: its engine was lost, try again.
+        """Compute one object if it is pending, or ready and damaged. False: its engine was lost, try again.
 
         Raises ApiError: ENGINE_DOWN, OVERLOADED (engine or database).
         """
-        obj = await self._objects.get(tenant, object_id)
-        if obj is None or obj.effective_status(self._clock.now()) is not ObjectStatus.PENDING:
-            return True
         epoch = self._engine.status().epoch
+        if self._is_durable and self._adopted_epoch != epoch:
+            return False  # what is made ready now could be taken for a lease that did not survive
+        obj = await self._objects.get(tenant, object_id)
+        status = None if obj is None else obj.effective_status(self._clock.now())
+        is_repair = status is ObjectStatus.READY and object_id in self._damaged
+        self._damaged.discard(object_id)  # what is found damaged from now on counts anew
+        if obj is None or not (status is ObjectStatus.PENDING or is_repair):
+            return True
+        is_done = False
+        try:
+            is_done = await self._warm(obj, epoch)
+        finally:
+            if is_repair and not is_done:
+                self._damaged.add(object_id)
+        return is_done
+
+    async def _warm(self, obj: CacheObject, epoch: int) -> bool:
+        object_id = obj.id
         try:
             n_tokens, failure = await self._compute(obj)
         except ApiError as error:
@@ -121,6 +165,9 @@ class Warming:
             self._attempts[object_id] = self._attempts.get(object_id, 0) + 1
             if self._attempts[object_id] < ATTEMPTS_MAX:
                 return False
+            if obj.status is ObjectStatus.READY:  # a lost engine is no fault of its lease: turns compute what it lacks
+                self._log.error("lease not repaired", object_id=object_id, tenant=obj.tenant, reason=failure.message)
+                return True
         if failure is None and self._engine.status().epoch != epoch:
             return False  # computed in a process that is gone
         return await self._settle(obj, n_tokens, failure)
@@ -142,6 +189,9 @@ class Warming:
 
     async def _settle(self, obj: CacheObject, n_tokens: int, failure: Failed | None) -> bool:
         self._attempts.pop(obj.id, None)
+        if failure is None and obj.status is ObjectStatus.READY:
+            self._log.info("lease repaired", object_id=obj.id, tenant=obj.tenant, n_tokens=n_tokens)
+            return True
         if failure is None:
             settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
         else:
@@ -151,17 +201,60 @@ class Warming:
         return True
 
     async def follow_engine(self) -> None:
-        """An engine process that is gone, and a new one, hold nothing: ready objects are pending again and are rebuilt."""
+        """Ready objects whose leases a new engine process lacks are pending again and are rebuilt; forever."""
         async for epoch in self._engine.epochs():
-            self._pinned.clear()
-            lost = await self._objects.engine_lost(self._clock.now())
-            state = self._engine.status().state.value
-            self._log.info(f"engine {state}", epoch=epoch, objects_to_compute=len(lost))
-            self._refill(lost)
+            is_followed = False
+            while not is_followed:
+                try:
+                    await self._follow(epoch)
+                    is_followed = True
+                except ApiError as error:
+                    if error.kind is not ErrorKind.OVERLOADED:  # the database is busy
+                        raise
+                    await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, epoch: int) -> None:
+        """This epoch has become ready, or is gone. Raises ApiError(OVERLOADED), and can then be called again."""
+        status = self._engine.status()
+        is_up = status.state is EngineState.READY and status.epoch == epoch
+        if self._is_durable and not is_up:
+            self._log.info(f"engine {status.state.value}", epoch=epoch)  # its leases are on disk: the next one tells
+            return
+        held = self._engine.held_leases() if self._is_durable else frozenset()
+        self._pinned = self._pinned | held if self._is_durable else set()
+        lost = await self._objects.engine_lost(self._clock.now(), held)
+        self._adopted_epoch = epoch
+        self._log.info(f"engine {status.state.value}", epoch=epoch, leases=len(held), objects_to_compute=len(lost))
+        self._refill(lost)
+        await self._drop_dead(held)
+        if is_up:
+            self._warmup.want_all()
+
+    async def follow_damage(self) -> None:
+        """Have damaged leases computed again before anyone is told; forever."""
+        async for pin_id in self._engine.damaged():
+            if pin_id in self._warmup.pin_ids:
+                self._warmup.want(pin_id)
+                continue
+            self._log.warning("lease damaged", object_id=pin_id)
+            self._damaged.add(pin_id)
+            try:
+                await self._want_damaged(pin_id)
+            except ApiError as error:
+                if error.kind is not ErrorKind.OVERLOADED:  # the database is busy: the next tick does it
+                    raise
+
+    async def _want_damaged(self, object_id: str) -> None:
+        obj = await self._objects.find(object_id)
+        if obj is None:
+            await self.drop(object_id)
+        else:
+            self.want(obj)
 
     async def recover(self) -> None:
-        """At start, before any client is answered: nothing of the last process is resident."""
-        self._refill(await self._objects.engine_lost(self._clock.now()))
+        """At start, before any client is answered: without a disk tier nothing of the last process is stored."""
+        now = self._clock.now()
+        self._refill(await (self._objects.pending(now) if self._is_durable else self._objects.engine_lost(now)))
 
     def _refill(self, pending: list[CacheObject]) -> None:
         """Want all of these, the most recently used first, then the most recently created."""
@@ -184,7 +277,12 @@ class Warming:
         await self._objects.expire(now, EXPIRE_MAX)
         if self._is_idle:  # a create whose client left in the middle, or more than WANTED_MAX
             self._refill(await self._objects.pending(now))
+            for object_id in tuple(self._damaged):
+                await self._want_damaged(object_id)
         if self._pinned or self._last_used:
-            live = await self._objects.live_ids(now)
-            for object_id in (self._pinned | self._last_used.keys()) - live:
-                await self.drop(object_id)
+            await self._drop_dead(self._pinned | self._last_used.keys())
+
+    async def _drop_dead(self, object_ids: AbstractSet[str]) -> None:
+        live = await self._objects.live_ids(self._clock.now())
+        for object_id in object_ids - live - self._warmup.pin_ids:
+            await self.drop(object_id)

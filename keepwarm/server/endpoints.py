@@ -20,12 +20,13 @@ from keepwarm.dialects import CacheReport, Identity, Renderer
 from keepwarm.dialects.caching import KimiCaching
 from keepwarm.dialects.kimi import KimiChat
 from keepwarm.dialects.openai import OpenAIChat
-from keepwarm.engine import Engine, EngineState, EngineStatus
+from keepwarm.engine import Engine, EngineState, EngineStatus, StoreStatus
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.turn import Turn, Turns
+from keepwarm.gateway.window import served_model
 from keepwarm.server.exchange import KEEPALIVE, Exchange, Headers, encoded
 
 QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
@@ -230,6 +231,15 @@ class Health(Struct):
     n_turns: int
 
 
+class StoreReply(Struct):
+    """The body of GET /admin/store: counts and bytes of all tenants together. `store` is null while there is none."""
+
+    state: EngineState
+    epoch: int
+    detail: str
+    store: StoreStatus | None
+
+
 class OperatorCalls:
     """What people and machines that run the server ask it."""
 
@@ -243,6 +253,13 @@ class OperatorCalls:
         ready = status.state is EngineState.READY
         health = Health("ok" if ready else "starting", status.detail, __version__, status, self._services.turns.n_turns)
         await exchange.reply(self._encoder.encode(health), status=200 if ready else 503)
+
+    async def store(self, exchange: Exchange) -> None:
+        """GET /admin/store: what the prefix store holds. 503 before an engine was ready for the first time."""
+        served_model(self._services.engine)
+        status = self._services.engine.status()
+        reply = StoreReply(status.state, status.epoch, status.detail, status.store)
+        await exchange.reply(self._encoder.encode(reply))
 
     async def restart_engine(self, exchange: Exchange) -> None:
         """POST /admin/engine/restart: ends the engine's process, as a crash would (only with --dev)."""

@@ -48,7 +48,16 @@ from keepwarm.dialects.openai_request import ChatCompletionRequest
 from keepwarm.dialects.openapi import Param, Route, openapi
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.stream import internal_error
-from keepwarm.server.endpoints import CachingCalls, Call, ChatCalls, EstimateCalls, Health, OperatorCalls, Services
+from keepwarm.server.endpoints import (
+    CachingCalls,
+    Call,
+    ChatCalls,
+    EstimateCalls,
+    Health,
+    OperatorCalls,
+    Services,
+    StoreReply,
+)
 from keepwarm.server.exchange import Exchange
 from keepwarm.server.page import render_page
 from keepwarm.telemetry import where
@@ -158,10 +167,11 @@ def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCachin
 
 
 def operator_entries_of(services: Services) -> list[Entry]:
-    """Health, and in a development server the way to try a crash of the engine."""
+    """Health, the prefix store, and in a development server the way to try a crash of the engine."""
     calls = OperatorCalls(services)
     health = Route("GET", "/health", "200 when turns are served, 503 before", response=Health, needs_key=False)
-    entries: list[Entry] = [(_tagged("operation", health), calls.health)]
+    store = Route("GET", "/admin/store", "What the prefix store holds, in counts and bytes", response=StoreReply)
+    entries: list[Entry] = [(_tagged("operation", health), calls.health), (_tagged("operation", store), calls.store)]
     if services.config.dev:
         restart = Route("POST", "/admin/engine/restart", "End the engine's process (--dev only)")
         entries.append((_tagged("operation", restart), calls.restart_engine))

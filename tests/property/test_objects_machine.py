@@ -175,11 +175,11 @@ class Machine(RuleBasedStateMachine):
         for obj in over:
             self.twin.objects[obj.id] = msgspec.structs.replace(obj, status=INACTIVE)
 
-    @rule(now=times)
-    def engine_lost(self, now: int) -> None:
-        lost = self.run(self.objects.engine_lost(now))
+    @rule(now=times, held=st.just(frozenset()) | st.frozensets(object_ids))
+    def engine_lost(self, now: int, held: frozenset[str]) -> None:
+        lost = self.run(self.objects.engine_lost(now, held))
         for obj in list(self.twin.objects.values()):
-            if obj.status is READY:
+            if obj.status is READY and obj.id not in held:
                 self.twin.change(obj, Cause.ENGINE_LOST)
         assert lost == [obj for obj in self.twin.live(now) if obj.status is PENDING]
 

@@ -145,7 +145,7 @@ async def test_a_late_outcome_is_not_taken_for_a_newer_generation(objects: Objec
         == await objects.get(ALICE, "a")
         == msgspec.structs.replace(updated, status=ObjectStatus.READY, n_tokens=5)
     )
-    assert await objects.settle("a", 1, Cause.FAILED, error="late") is None
+    assert await objects.settle("a", 0, Cause.FAILED, error="late") is None
     assert await objects.settle("b", 1, Cause.COMPUTED) is None
 
 
@@ -194,6 +194,18 @@ async def test_a_lost_engine_makes_ready_objects_pending_and_names_all_to_be_com
     assert await objects.live_ids(500) == {"a", "b"}
     assert await objects.settle("a", 0, Cause.COMPUTED) is None, "what the old engine computed is gone"
     assert [obj.id for obj in await objects.pending(499)] == ["a", "b", "e"]
+
+
+async def test_a_new_engine_that_holds_leases_makes_the_other_ready_objects_pending(objects: Objects) -> None:
+    for object_id in ("a", "b", "c"):
+        await objects.insert(an_object(object_id))
+    for object_id in ("a", "b"):
+        await objects.settle(object_id, 0, Cause.COMPUTED)
+    lost = await objects.engine_lost(500, frozenset({"a", "c", "unknown"}))
+    assert [(obj.id, obj.generation) for obj in lost] == [("b", 1), ("c", 0)]
+    kept = await objects.get(ALICE, "a")
+    assert kept is not None
+    assert (kept.status, kept.generation) == (ObjectStatus.READY, 0)
 
 
 async def test_expiry_is_bounded_oldest_first_and_said_once(objects: Objects) -> None:

@@ -14,6 +14,7 @@ COMMANDS = [
     [],
     ["serve"],
     ["demo"],
+    ["store"],
     ["verify"],
     ["bench"],
     ["bench", "ttft"],
@@ -57,7 +58,7 @@ def test_the_list_of_commands_above_is_whole() -> None:
     [
         (["keys"], "keepwarm: Missing command; see keepwarm keys --help"),
         (["keys", "create"], "keepwarm: Missing argument 'name'; see keepwarm keys create --help"),
-        (["sevre"], "keepwarm: No such command 'sevre'. Did you mean 'serve'?; see keepwarm --help"),
+        (["serv"], "keepwarm: No such command 'serv'. Did you mean 'serve'?; see keepwarm --help"),
         (["serve", "--zz"], "keepwarm: No such option: --zz; see keepwarm serve --help"),
     ],
 )

@@ -342,6 +342,25 @@ async def test_simultaneous_creates_cannot_pass_the_quota_together(tmp_path: Pat
         assert (await server.request("POST", "/v1/caching", body, key="k2")).status == 200
 
 
+async def test_a_tenants_leases_have_a_quota_in_bytes(tmp_path: Path) -> None:
+    """The steered engine keeps 8 bytes a token."""
+    config = replace(CONFIG, cache=replace(CONFIG.cache, tenant_lease_bytes_max=2000))
+    async with world(tmp_path, config=config) as server:
+        body = {"model": "small", "messages": [message("x" * 90)]}  # some 110 tokens
+        answers = [await server.request("POST", "/v1/caching", body) for _ in range(3)]
+        n_bytes = 8 * answers[0].json()["tokens"]
+        n_held = 2000 // n_bytes
+        assert [answer.status for answer in answers] == [200] * n_held + [429] * (3 - n_held)
+        error = answers[-1].json()["error"]
+        assert error["type"] == "exceeded_current_quota_error"
+        assert (
+            f"needs {n_bytes:,} bytes and your live caches hold {n_held * n_bytes:,}, limit 2,000" in error["message"]
+        )
+        assert (await server.request("POST", "/v1/caching", body, key="k2")).status == 200
+        await server.request("DELETE", f"/v1/caching/{answers[0].json()['id']}")
+        assert (await server.request("POST", "/v1/caching", body)).status == 200
+
+
 async def test_expired_objects_do_not_count_until_they_are_brought_back(tmp_path: Path) -> None:
     config = replace(CONFIG, limits=replace(CONFIG.limits, objects_per_tenant_max=1))
     async with world(tmp_path, config=config) as server:

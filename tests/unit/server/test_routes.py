@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from keepwarm.core.clock import RandomIds
-from keepwarm.engine import EngineState
+from keepwarm.engine import EngineState, PoolStatus, StoreStatus
 from keepwarm.gateway.auth import Keys
 from tests.engines import StepEngine, says
 from tests.world import CONFIG, World, world
@@ -165,6 +165,28 @@ async def test_restarting_the_engine_is_for_development_only(tmp_path: Path) -> 
         assert (await server.request("POST", "/admin/engine/restart", key=None)).status == 401
     async with world(tmp_path / "real", config=replace(CONFIG, dev=False)) as server:
         assert (await server.request("POST", "/admin/engine/restart")).status == 404
+
+
+async def test_the_store_is_told_with_any_key_once_there_was_an_engine(server: World) -> None:
+    pool = PoolStatus("disk", 1000, 700, 200, 100, 1000, n_blocks=3)
+    server.engine.store = StoreStatus((pool,), "cost", 1, n_hits_disk=4, damaged={"checksum": 2})
+    told = await server.request("GET", "/admin/store")
+    assert told.status == 200
+    assert told.json() == {
+        "state": "ready",
+        "epoch": 1,
+        "detail": "ready",
+        "store": msgspec.json.decode(msgspec.json.encode(server.engine.store)),
+    }
+    assert (await server.request("GET", "/admin/store", key=None)).status == 401
+    server.engine.go_down()
+    server.engine.store = None  # what a lost process held is not known
+    down = await server.request("GET", "/admin/store")
+    assert (down.status, down.json()["state"], down.json()["store"]) == (200, "down", None)
+    server.engine.model = None
+    status, error, headers = await error_of(server, "GET", "/admin/store")
+    assert (status, error["type"]) == (503, "engine_overloaded_error")
+    assert "retry-after" in headers
 
 
 async def error_of(server: World, *request: Any, **options: Any) -> tuple[int, Any, dict[str, str]]:
