@@ -46,6 +46,7 @@ docs: $(STAMPS)/test ## rewrite the generated parts of the docs
 bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results (BENCH_ARGS="--quick" for a try)
 	@$(BIN)/keepwarm bench ttft --out "bench/results/$$(date -u +%F)-ttft.json" $(BENCH_ARGS)
 	@$(BIN)/keepwarm bench gateway --out "bench/results/$$(date -u +%F)-gateway.json"
+	@$(BIN)/keepwarm bench store --out "bench/results/$$(date -u +%F)-store.json" $(BENCH_ARGS)
 
 crash: $(STAMPS)/test ## kill the server's processes 200 times under load (CRASH_ARGS="--rounds 20 --seed 7" for less)
 	@$(BIN)/python -m scripts.crash $(CRASH_ARGS)

@@ -14,6 +14,7 @@ from keepwarm.config import ConfigError
 
 TTFT_EXAMPLE = "keepwarm bench ttft --tokens 5000 --out ttft.json"
 GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 10000"
+STORE_EXAMPLE = "keepwarm bench store --data-dir DIR --out store.json"
 TOKENS_MIN = 640  # automatic reuse begins at 512
 
 Tokens = Annotated[int, typer.Option("--tokens", min=TOKENS_MIN, help="Length of the long prompts.")]
@@ -50,4 +51,24 @@ def gateway(requests: Requests = 10_000, out: Out = None) -> None:
     try:
         module.run_and_show(requests, Console(), out=out)
     except BenchError as error:
+        fail(str(error))
+
+
+def store(
+    tokens: Tokens = 5000,
+    quick: Quick = False,
+    data_dir: DataDir = None,
+    config_file: ConfigFile = None,
+    out: Out = None,
+) -> None:
+    """The prefix store and its disk: restarts, restoring, durable objects, prompts without reuse, the index.
+
+    Ten minutes and more on two cores; nothing else should run. The disk is that of --data-dir, or of temporary files.
+    As root it drops the machine's page cache again and again, not with --quick.
+    """
+    module = importlib.import_module("keepwarm.bench.store")
+    plan = module.Plan(n_tokens=tokens, quick=quick)
+    try:
+        module.run_and_show(plan, Console(), data_dir=data_dir, config_file=config_file, out=out)
+    except (BenchError, ConfigError) as error:
         fail(str(error))

@@ -9,6 +9,7 @@ import pytest
 
 from keepwarm.bench.gateway_report import Samples as GatewaySamples
 from keepwarm.bench.report import Report
+from keepwarm.bench.store_report import Samples as StoreSamples
 from keepwarm.bench.ttft_report import Samples as TtftSamples
 
 pytestmark = pytest.mark.e2e
@@ -56,3 +57,22 @@ def test_bench_ttft_without_a_baseline(tmp_path: Path) -> None:
     assert all(sample.n_evaluated <= sample.n_new < 64 for sample in samples.warm)
     assert samples.new_context[0].n_evaluated <= samples.new_context[0].n_context + samples.new_context[0].n_questions
     assert {ratio.reached for ratio in report.ratios if "raw" in ratio.name} == {None}
+
+
+@pytest.mark.slow
+def test_bench_store(tmp_path: Path) -> None:
+    config, data, out = tmp_path / "scripted.toml", tmp_path / "data", tmp_path / "store.json"
+    config.write_text('[model]\nengine = "scripted"\n', encoding="utf-8")
+    assert "index memory a block" in bench(
+        "store", "--quick", "--tokens", "1500", "--config", config, "--data-dir", data, "--out", out
+    )
+    report = msgspec.json.decode(out.read_bytes(), type=Report[StoreSamples])
+    samples = report.samples
+    assert samples.cold[0].n_cached == 0
+    assert [sample.read for sample in samples.restarts] == ["disk", "disk"]
+    assert [sample.is_first for sample in samples.restarts] == [True, False]
+    assert all(sample.n_cached >= samples.objects[0].n_tokens - 64 for sample in samples.restarts)
+    assert {sample.way for sample in samples.restores} >= {"sequential", "read", "read_used", "restore"}
+    assert all(pair.n_prompts == 3 for pair in samples.no_reuse)
+    assert all(ratio.reached is not None for ratio in report.ratios)
+    assert [path.name for path in data.iterdir()] == ["models"]  # what was made to be measured is gone
