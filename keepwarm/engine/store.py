@@ -90,7 +90,8 @@ class PrefixStore:
     """One store for one model. `identity` names everything the bits depend on beside tokens and tenant.
 
     `disk` and its lease files go together; without them what is pinned stays in the host tier. `on_damage` is called, from a
-    reading thread and without locks, with each lease that lost a block.
+    reading thread and without locks, with each lease that lost a block. With `breaks_even` False everything found is read,
+    whatever it takes.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class PrefixStore:
         n_ctx: int,
         disk: tuple[DiskTier, LeaseFiles] | None = None,
         policy_name: str = "cost",
+        breaks_even: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        self.granularity = granularity
+        self.granularity, self._breaks_even = granularity, breaks_even
         self._layout, self._tier, self._identity = layout, tier, tuple(identity)
         self._clock = clock or SystemClock()
         self.policy_name = policy_name
@@ -167,7 +169,7 @@ class PrefixStore:
 
     def _worth(self, nodes: Sequence[Node], n: int, *, uses: bool) -> int:
         """How many of the n found tokens to read. A leased prefix is read in any case: that is what was promised."""
-        if not self._durable or any(node.pins for node in nodes):
+        if not (self._breaks_even and self._durable) or any(node.pins for node in nodes):
             return n
         n_host = min(next((node.start for node in nodes if node.slot < 0), n), n)
         lies = n_host, n - n_host, self._layout.cell_bytes, self.speeds

@@ -227,6 +227,7 @@ class Worker:
             n_ctx=prepared.model.n_ctx,
             disk=disk,
             policy_name=config.cache.policy,
+            breaks_even=config.model.engine != "scripted",  # its prefill costs nothing, and clients test hits with it
             clock=self._clock,
         )
 
