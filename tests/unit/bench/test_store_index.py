@@ -25,8 +25,3 @@ def test_memory_is_counted_by_the_block():
     small, large = (measure_index(n, 64, 1, "lru", Ticks()).bytes_per_block for n in (400, 1600))
     assert small >= 64 * 4, "each block keeps its 64 token ids"
     assert 0.7 < large / small < 1.3
-
-
-def test_the_policies_books_are_part_of_it():
-    lru, cost = (measure_index(400, 64, 1, name, Ticks()).bytes_per_block for name in ("lru", "cost"))
-    assert lru != cost
