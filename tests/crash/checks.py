@@ -143,7 +143,7 @@ def pool_violations(pools: Sequence[dict[str, Any]], store: Path, disk_bytes: in
         if min(free, resident, leased) < 0 or free + resident + leased != pool["bytes_total"]:
             found.append(f"pool {pool['name']}: {free:,} + {resident:,} + {leased:,} is not {pool['bytes_total']:,}")
         if pool["name"] == DISK_POOL:
-            on_disk = sum(-(-path.stat().st_size // PAGE) * PAGE for path in (store / "blocks").iterdir())
+            on_disk = sum(_file_bytes(path) for path in (store / "blocks").iterdir())
             if on_disk != resident + leased:
                 found.append(f"the disk pool holds {resident + leased:,} bytes, its files take {on_disk:,}")
             if on_disk > disk_bytes:
@@ -166,3 +166,11 @@ def left_over(store: Path, live: Iterable[str]) -> list[str]:
     found += [f"a lease of no ready object: {name[:16]}" for name in sorted(leases - wanted.keys())]
     found += [f"{wanted[name]}: ready, and its lease is not on disk" for name in sorted(wanted.keys() - leases)]
     return found
+
+
+def _file_bytes(path: Path) -> int:
+    """In whole pages; 0 when it has just been deleted."""
+    try:
+        return -(-path.stat().st_size // PAGE) * PAGE
+    except FileNotFoundError:
+        return 0

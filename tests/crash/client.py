@@ -18,6 +18,9 @@ from tests.crash.plan import KEYS, Act, Operation, object_text, question_text
 HOST = "127.0.0.1"
 MODEL = "scripted"
 TOKENS_MAX = 16
+WATCH_SHARE = 0.7  # of new objects whose creator waits until they are ready
+WATCH_CALLS_MAX = 200
+WATCH_S = 0.02
 COME_AGAIN = (429, 503)
 Message = dict[str, str]
 
@@ -200,8 +203,20 @@ class Client(threading.Thread):
         if reply.status == 200:
             entry = known_of(reply.body, self._key)
             self._ledger.adopt(entry)
-            self._call_about(msgspec.structs.replace(operation, act=Act.GET), entry)
+            if operation.pick < WATCH_SHARE:
+                self._watch(entry)
         return reply.status
+
+    def _watch(self, entry: Known) -> None:
+        """Ask until the new object is no longer pending: a kill right after `ready` was told is what matters most."""
+        for _ in range(WATCH_CALLS_MAX):
+            reply = self._api.get(entry.cache_id)
+            if reply.status != 200 or reply.body["status"] != "pending":
+                if reply.status == 200 and reply.body["status"] == "ready":
+                    self._ledger.told_ready(entry)
+                return
+            if self.stop.wait(WATCH_S):
+                return
 
     def _heard(self, reply: Reply, text: int, question: int) -> int:
         if reply.status == 200:

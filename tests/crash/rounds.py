@@ -5,7 +5,9 @@ and processes make of them does not, so a round is reproduced by its plan and by
 directory is copied, with the ledger, and the copy of a failed round is kept. `resume` begins from such a copy.
 """
 
+import contextlib
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ import msgspec
 
 from keepwarm.core.clock import Clock
 from keepwarm.launch import LaunchError
-from tests.crash.checks import DISK_POOL, Checker, damaged, left_over, pool_violations, recomputed
-from tests.crash.client import Api, Client
+from keepwarm.storage import DATABASE_NAME
+from tests.crash.checks import Checker, damaged, left_over, pool_violations, recomputed
+from tests.crash.client import Api, Client, question_message
 from tests.crash.ledger import Known, Ledger
 from tests.crash.plan import KEYS, Round, Victim, plan_round
 from tests.crash.server import COLD, DISK_BYTES, TESTED, Reference, TestedServer, running
@@ -26,7 +29,6 @@ AGREE_S_MAX = 15.0  # until expired leases are given back and the engine, idle, 
 POLL_S = 0.1
 CLIENT_S_MAX = 90.0
 LOG_LINES_SHOWN = 60
-OK = 200
 LEDGER_NAME = "ledger.json"
 START_NAME, KEPT_NAME = "round-start", "failed-round"
 
@@ -82,9 +84,6 @@ class Run:
         n_answers, n_ready = self._ledger.n_answers, len(self._ready_at_kill)
         n_unanswered = len(self._ledger.log()) - n_answers
         checker = Checker(self._server.port, self._ledger, self._reference, self._clock)
-        if not self._is_durable():
-            found += checker.settle()
-            self._ready_at_kill = []
         found += checker.objects()
         found += checker.answers(self._ledger.answers())
         found += checker.settle()
@@ -144,18 +143,15 @@ class Run:
             if not found or time.monotonic() > deadline:
                 return found
             time.sleep(POLL_S)
+            self._stir()
 
-    def _is_durable(self) -> bool:
-        """Whether this server has a disk tier; without one, ready objects are computed again after a restart."""
-        reply = Api(self._server.port, KEYS[0]).call("GET", "/admin/store")
-        pools = reply.body["store"]["pools"] if reply.status == OK and reply.body["store"] else []
-        return any(pool["name"] == DISK_POOL for pool in pools)
+    def _stir(self) -> None:
+        """Have the engine do a little and come to rest, which is when it tells its counters."""
+        Api(self._server.port, KEYS[0]).chat([question_message(0)])
 
     def _books(self) -> list[str]:
-        if not self._is_durable():
-            return []
         status = Api(self._server.port, KEYS[0]).call("GET", "/admin/store").body["store"]
-        store = self._server.data_dir / "blocks"
+        store = self._server.store_dir
         ready = [
             body["id"]
             for key in KEYS
@@ -166,10 +162,10 @@ class Run:
         return books + damaged(status["damaged"]) + left_over(store, ready)
 
     def _checkpoint(self) -> Path:
-        """Copy the data directory, with the ledger beside it. The server is idle, so nothing in it changes meanwhile."""
+        """Copy the data directory, with the ledger beside it. Nothing but expiry changes it meanwhile."""
         start = self._folder / START_NAME
         shutil.rmtree(start, ignore_errors=True)
-        shutil.copytree(self._server.data_dir, start)
+        copy_data(self._server.data_dir, start)
         (start / LEDGER_NAME).write_bytes(msgspec.json.encode(self._ledger.known()))
         return start
 
@@ -209,6 +205,22 @@ def opened(
         shutil.copytree(start, tested.data_dir)
     with running(TestedServer(folder / "reference", COLD, clock)) as cold, running(tested):
         yield Run(seed, folder, tested, Reference(cold.port), clock, between)
+
+
+def copy_data(data_dir: Path, to: Path) -> None:
+    """Copy a data directory that a server uses: the database by its own means, the store file by file as long as they last."""
+
+    def copy(source: str, target: str) -> str:
+        with contextlib.suppress(FileNotFoundError):  # just deleted
+            shutil.copy2(source, target)
+        return target
+
+    shutil.copytree(data_dir, to, copy_function=copy, ignore=shutil.ignore_patterns(f"{DATABASE_NAME}*"))
+    with (
+        contextlib.closing(sqlite3.connect(data_dir / DATABASE_NAME)) as source,
+        contextlib.closing(sqlite3.connect(to / DATABASE_NAME)) as target,
+    ):
+        source.backup(target)
 
 
 def _read_ledger(data_dir: Path) -> list[Known]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from keepwarm.config import Config
 from keepwarm.core.clock import Clock
 from keepwarm.launch import ServerProcess
 from tests.crash.client import HOST, Api, answer_of, question_message, text_messages
@@ -25,8 +26,8 @@ from tests.crash.plan import KEYS, Victim
 
 START_S_MAX = 60.0
 WORKER = "keepwarm.engine.worker"
-HOST_BYTES = 4_000_000
-DISK_BYTES = 3_000_000  # a dozen objects' leases
+HOST_BYTES = 400_000  # 12,500 tokens: less than the leases of a round
+DISK_BYTES = 1_600_000  # the leases of some fifteen objects
 CONFIG = """
 log_format = "json"
 [model]
@@ -45,7 +46,7 @@ engine_restart_delay_s_max = 1.0
 """
 COLD = f"""{CONFIG}
 [cache]
-host_bytes = {HOST_BYTES}
+host_bytes = 4_000_000
 disk_bytes = 0
 auto_tokens_min = 1000000
 settle = "off"
@@ -66,6 +67,7 @@ class TestedServer:
 
     def __init__(self, folder: Path, config: str, clock: Clock) -> None:
         self.data_dir, self.log = folder / "data", folder / "server.log"
+        self.store_dir = Config(data_dir=str(self.data_dir)).store_dir()
         self._config_path, self._clock = folder / "keepwarm.toml", clock
         folder.mkdir(parents=True, exist_ok=True)
         self._config_path.write_text(config)
