@@ -13,7 +13,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from keepwarm.core.prompt import Tokens
-from keepwarm.engine.memory import arena, release
+from keepwarm.engine.memory import arena, populate, release
 
 
 class BlockHead(Struct, frozen=True):
@@ -110,6 +110,7 @@ class HostTier:
         self._next = 0  # slots from here on were never used
         self._used = np.zeros(self.n_slots, np.bool_)
         self._returned: set[int] = set()  # free slots whose pages the system has back
+        self._n_populated = 0  # slots whose pages were faulted in ahead of their use
 
     @property
     def n_used(self) -> int:
@@ -144,6 +145,13 @@ class HostTier:
     def limit(self, n_slots: int) -> None:
         """Hand out at most this many from now on; the caller frees those beyond it."""
         self.n_slots_max = max(0, min(n_slots, self.n_slots))
+
+    def populate(self, n_bytes_ahead: int) -> None:
+        """Fault in the pages of the slots that are used next, so that a turn need not; from one thread at a time."""
+        end = min(self._next + n_bytes_ahead // self.slot_bytes, self.n_slots_max)
+        for slot in range(max(self._n_populated, self._next), end):
+            populate(self._arena, slot * self.slot_bytes, (slot + 1) * self.slot_bytes)
+            self._n_populated = slot + 1
 
     def give_back(self) -> None:
         """Return the pages of free slots to the system."""

@@ -154,6 +154,7 @@ class Worker:
             return
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         if self._store:
+            self._store.prepare_host()
             self._channel.send(LeasesHeld(self._store.pins))
             self._store.on_damage = lambda pin: self._channel.send(LeaseDamaged(pin))
             threading.Thread(target=self._govern, args=(self._store,), name="governor", daemon=True).start()
@@ -284,6 +285,7 @@ class Worker:
             taken_bytes = store.bytes_resident + store.bytes_pinned
             state = govern(store.bytes_configured, state, self._memory, taken_bytes=taken_bytes)
             store.limit_host(state.bytes_target)
+            store.prepare_host()
 
     # --- compute thread
 

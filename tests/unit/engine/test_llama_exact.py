@@ -16,6 +16,10 @@ from keepwarm.core.event import Finished, TextDelta
 from keepwarm.core.prompt import OutputRules, Plan, Prompt
 from keepwarm.core.request import Sampling
 from keepwarm.engine.core import CoreSettings, EngineCore
+from keepwarm.engine.disk import DiskTier
+from keepwarm.engine.files import Files
+from keepwarm.engine.leasefile import LeaseFiles
+from keepwarm.engine.prefix import root_key
 from keepwarm.engine.selftest import granularity, layout_of, same, sample_tokens
 from keepwarm.engine.store import PrefixStore, slot_bytes
 from keepwarm.engine.tiers import HostTier
@@ -50,15 +54,24 @@ class Rig:
         assert self.g is not None
         self.n = 0
 
-    def engine(self, strict=True):
-        """A core with an empty store, as after a restart of the process."""
+    def engine(self, strict=True, disk=None):
+        """A core with an empty host tier, as after a restart of the process; `disk`: over what this directory holds."""
         for stream in range(8):
             self.model.forget(stream, 0, -1)
         self.said = {}
         size = slot_bytes(self.layout)
-        store = PrefixStore(self.layout, HostTier(100 * size, size), identity=("m",), granularity=self.g, n_ctx=N_CTX)
+        tier = None
+        if disk:
+            tier = DiskTier(disk, 100 * (size + (1 << 16)), root_key("m")), LeaseFiles(Files(), disk)
+        host = HostTier(100 * size, size)
+        store = PrefixStore(self.layout, host, identity=("m",), granularity=self.g, n_ctx=N_CTX, disk=tier)
         return EngineCore(
-            self.model, store, CoreSettings(strict, 250.0), emit=self.hear, clock=SystemClock(), seeds=lambda: 7,
+            self.model,
+            store,
+            CoreSettings(strict, 250.0),
+            emit=self.hear,
+            clock=SystemClock(),
+            seeds=lambda: 7,
             later=lambda call: call(),
         )
 
@@ -146,6 +159,23 @@ def test_cold_restored_partly_restored_crowded_and_restarted_are_one(rig):
     crowded, usage = rig.logits(core, prompt)
     assert usage.cache_read == 0
     assert same(crowded, cold)
+
+
+def test_what_comes_from_disk_after_a_restart_has_the_cold_bits(rig, tmp_path):
+    prompt = sample_tokens(rig.model.n_vocab, 357, seed=8)
+    cold, _ = rig.logits(rig.engine(), prompt)
+    core = rig.engine(disk=tmp_path)
+    for _ in range(2):  # asked for twice: written
+        rig.logits(core, prompt)
+    core._store.close()
+    core._store._durable.disk.close()
+    core = rig.engine(disk=tmp_path)
+    restored, usage = rig.logits(core, prompt)
+    assert core._store.status().n_hits_disk == 1
+    assert 357 - 2 - rig.g < usage.cache_read <= 355
+    assert same(restored, cold)
+    core._store.close()
+    core._store._durable.disk.close()
 
 
 def test_a_marked_prefix_is_read_to_its_last_token_with_the_same_bits(rig):

@@ -92,3 +92,35 @@ def test_any_order_of_taking_and_freeing_keeps_the_account(kind, n_slots, wishes
         assert tier.n_free == n_slots - len(held)
         assert all(np.all(tier.bytes_of(slot) == mark) for slot, mark in held.items())
         tier.check_integrity()
+
+
+# --- memory of the host tier
+
+
+def test_populating_changes_no_byte_and_uses_no_slot():
+    tier = HostTier(8 * 4096, 4096)
+    first = tier.take()
+    tier.bytes_of(first)[:] = 7
+    for _ in range(2):
+        tier.populate(1 << 20)
+    assert tier.n_used == 1
+    assert (tier.bytes_of(first) == 7).all()
+    assert [tier.take() for _ in range(7)] == list(range(1, 8))
+    tier.populate(1 << 20)
+    tier.check_integrity()
+
+
+def test_pages_of_free_slots_go_back_and_come_again_empty():
+    tier = HostTier(4 * 4096, 4096)
+    slots = [tier.take() for _ in range(4)]
+    for slot in slots:
+        tier.bytes_of(slot)[:] = slot + 1
+    tier.free(slots[1])
+    tier.limit(3)
+    tier.give_back()
+    assert [tier.bytes_of(slot)[0] for slot in (0, 2, 3)] == [1, 3, 4]
+    assert tier.take() is None
+    tier.limit(4)
+    assert tier.take() == 1
+    assert not tier.bytes_of(1).any()  # the system had its page
+    tier.check_integrity()
