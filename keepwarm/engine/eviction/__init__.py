@@ -8,7 +8,8 @@ leaves of the prefix tree may, since a block without the blocks before it is of 
     lru        the block unused for longest
     s3fifo     three queues: one-shot blocks leave soon (Yang et al., SOSP 2023)
     cost       expected hits per block and second, learned from what happened to blocks like it; the default
-    ghosts     keys of blocks that left
+    hazard     how likely a read is, by class and age
+    ghosts     keys of blocks that left; watched: with what they were
 
 docs/eviction.md has what each is worth on recorded traffic (`keepwarm replay`).
 """
@@ -16,11 +17,10 @@ docs/eviction.md has what each is worth on recorded traffic (`keepwarm replay`).
 from keepwarm.engine.eviction.cost import Cost
 from keepwarm.engine.eviction.facts import BlockFacts, Policy
 from keepwarm.engine.eviction.ghosts import Ghosts
-from keepwarm.engine.eviction.greedy import GreedyDual
 from keepwarm.engine.eviction.lru import Lru
 from keepwarm.engine.eviction.s3fifo import S3Fifo
 
-__all__ = ["POLICIES", "BlockFacts", "Cost", "Ghosts", "GreedyDual", "Lru", "Policy", "S3Fifo", "policy"]
+__all__ = ["POLICIES", "BlockFacts", "Cost", "Ghosts", "Lru", "Policy", "S3Fifo", "policy"]
 
 POLICIES = ("lru", "s3fifo", "cost")
 
