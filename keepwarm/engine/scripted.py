@@ -54,9 +54,22 @@ class ScriptedVocab:
 
 
 class ScriptedModel:
-    """A chain of 64-bit values, one a cell (`keepwarm.engine.model.Model`). `granularity` is the one its bits have."""
+    """A chain of 64-bit values, one a cell (`keepwarm.engine.model.Model`). `granularity` is the one its bits have.
 
-    def __init__(self, *, n_streams: int = 8, n_ctx: int = N_CTX, n_ubatch: int = 512, granularity: int = 1) -> None:
+    With `forgets` it is like a model with a recurrent state: the saved state is the last value alone, nothing can be cut out
+    of it, and dropping a part of a stream is refused without a word.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_streams: int = 8,
+        n_ctx: int = N_CTX,
+        n_ubatch: int = 512,
+        granularity: int = 1,
+        forgets: bool = False,
+    ) -> None:
+        self.forgets = forgets
         self.n_streams, self.n_ctx, self.n_ubatch, self.n_vocab = n_streams, n_ctx, n_ubatch, N_VOCAB
         self.granularity = granularity
         self._layout = replace(LAYOUT, n_stream=n_streams)
@@ -81,7 +94,8 @@ class ScriptedModel:
 
     def _extend(self, stream: int, tokens: Tokens, pos: int, how: NDArray[np.uint64]) -> None:
         n = len(tokens)
-        if pos + n > self.n_ctx or not self._used[stream, :pos].all() or self._used[stream, pos:].any():
+        n_before = int(self._used[stream].sum()) if not self.forgets else self.n_held(stream)
+        if pos + n > self.n_ctx or n_before != pos or self.n_held(stream) != pos:
             raise ModelFault(f"stream {stream} does not hold exactly the {pos} tokens before this")
         with np.errstate(over="ignore"):
             before = self._cells[stream, pos - 1] if pos else np.uint64(0)
@@ -126,9 +140,17 @@ class ScriptedModel:
         return token in (IM_END, END_OF_TEXT)
 
     def forget(self, stream: int, start: int, end: int) -> None:
+        if self.forgets and (start > 0 or end >= 0):
+            return
         self._used[stream, start : None if end < 0 else end] = False
 
+    def n_held(self, stream: int) -> int:
+        used = np.flatnonzero(self._used[stream])
+        return int(used[-1]) + 1 if len(used) else 0
+
     def save(self, stream: int) -> Blob:
+        if self.forgets:
+            return self._save_last(stream)
         positions = np.flatnonzero(self._used[stream]).astype(np.int32)
         values = self._cells[stream, positions]
         n = len(positions)
@@ -141,7 +163,26 @@ class ScriptedModel:
         parse(blob).positions[:] = positions
         return blob
 
+    def _save_last(self, stream: int) -> Blob:
+        """What a recurrent model has: the last value, where it stands, and a sum over both."""
+        n = self.n_held(stream)
+        last = self._cells[stream, n - 1] if n else np.uint64(0)
+        body = np.array([n, last], np.uint64).tobytes()
+        return np.frombuffer(body + blake3(body).digest(length=8), np.uint8).copy()
+
+    def _load_last(self, stream: int, blob: Blob) -> None:
+        body = blob[:16].tobytes()
+        if len(blob) != 24 or blake3(body).digest(length=8) != blob[16:].tobytes():
+            raise ModelFault("state is torn")
+        n, last = (int(value) for value in np.frombuffer(body, np.uint64))
+        self._used[stream] = False
+        if n:
+            self._cells[stream, n - 1], self._used[stream, n - 1] = last, True
+
     def load(self, stream: int, blob: Blob) -> None:
+        if self.forgets:
+            self._load_last(stream, blob)
+            return
         cells = parse(blob)
         k, v = cells.k, cells.v
         whole = (k[0] == ~k[1]).all() and (v == k[0].reshape(-1, 4, 2).transpose(1, 0, 2)).all()

@@ -6,13 +6,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from keepwarm.config import ModelConfig
+from keepwarm.config import Config, ModelConfig
+from keepwarm.core.clock import SystemClock
 from keepwarm.engine.model import LoadFault
 
 if find_spec("llama_cpp") is None:
     pytest.skip("needs llama-cpp-python", allow_module_level=True)
 
 from keepwarm.engine import prepare
+from keepwarm.engine.llama import FLASH_ONLY
 from keepwarm.engine.prepare import Measured, Measurements, cpu_name, file_digest, machine_key, source_path
 
 FOUND = Measured("Q4_0", "flash", "strict", {"flash": 8, "plain": None})
@@ -137,3 +139,24 @@ def test_a_machine_key_names_all_that_a_measurement_depends_on():
     assert len({key, machine_key("other", 2, 512), machine_key("digest", 3, 512), machine_key("digest", 2, 256)}) == 4
     for part in ("digest", cpu_name(), prepare.VERSION, "2 threads", "ubatch 512"):
         assert part in key
+
+
+@pytest.mark.parametrize("kv_type", ["bf16", "f32", "q8_0", "q4_0"])
+def test_measurements_of_another_kv_type_are_others(kv_type):
+    assert machine_key("digest", 2, 512, "f16") == machine_key("digest", 2, 512)
+    assert machine_key("digest", 2, 512, kv_type) == machine_key("digest", 2, 512) + f"|kv {kv_type}"
+
+
+@pytest.mark.parametrize("kv_type", FLASH_ONLY)
+def test_a_quantised_kv_cache_with_plain_attention_is_refused(tmp_path, kv_type):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    config = Config(model=ModelConfig(path=str(file), kv_type=kv_type, attention="plain"), data_dir=str(tmp_path))
+    with pytest.raises(LoadFault, match=rf'model.kv_type = "{kv_type}" needs flash attention.*"auto"'):
+        prepare.prepare(config, SystemClock(), lambda _: None)
+
+
+def test_a_file_from_before_there_were_snapshots_is_read(path):
+    path.parent.mkdir()
+    path.write_bytes(b'{"key": {"weight_type": null, "attention": "plain", "granularity": {"plain": 8}}}')
+    assert Measurements(path).of("key") == Measured(None, "plain", None, {"plain": 8})

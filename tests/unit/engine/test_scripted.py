@@ -175,3 +175,44 @@ def test_tokens_are_bytes_and_three_control_tokens():
     assert [model.piece(s.token) for s in vocab.specials] == [b""] * 3
     assert [model.is_end(s.token) for s in vocab.specials] == [False, True, True]
     assert (vocab.special_text("eos"), vocab.special_text("bos"), vocab.bos) == ("<|im_end|>", "", None)
+
+
+def test_a_model_that_forgets_keeps_its_last_value_alone():
+    prompt = tokens(200)
+    plain, model = ScriptedModel(granularity=8), ScriptedModel(granularity=8, forgets=True)
+    for each in (plain, model):
+        each.evaluate(0, prompt[:128], 0, want_logits=False)
+    assert model.n_held(0) == plain.n_held(0) == 128
+    blob = model.save(0).copy()
+    assert len(blob) == 24
+    model.load(3, blob)
+    assert model.n_held(3) == 128
+    for each, stream in ((plain, 0), (model, 3)):
+        each.evaluate(stream, prompt[128:], 128, want_logits=True)
+    assert np.array_equal(plain.logits(-1), model.logits(-1))
+
+
+def test_a_model_that_forgets_drops_all_or_nothing():
+    model = ScriptedModel(forgets=True)
+    model.evaluate(0, tokens(64), 0, want_logits=False)
+    model.forget(0, 32, -1)
+    model.forget(0, 0, 32)
+    assert model.n_held(0) == 64
+    with pytest.raises(ModelFault, match="does not hold exactly"):
+        model.evaluate(0, tokens(8), 32, want_logits=False)
+    model.forget(0, 0, -1)
+    assert model.n_held(0) == 0
+    model.load(1, model.save(0))
+    assert model.n_held(1) == 0
+
+
+@pytest.mark.parametrize("at", [0, 8, 16, 23])
+def test_a_whole_state_with_another_bit_is_refused(at):
+    model = ScriptedModel(forgets=True)
+    model.evaluate(0, tokens(64), 0, want_logits=False)
+    blob = model.save(0).copy()
+    blob[at] ^= 1
+    with pytest.raises(ModelFault, match="torn"):
+        model.load(1, blob)
+    with pytest.raises(ModelFault, match="torn"):
+        model.load(1, blob[:-1])

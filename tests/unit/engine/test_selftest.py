@@ -157,3 +157,28 @@ def test_same_compares_bits():
     zero = np.array([0.0], np.float32)
     assert same(zero, zero.copy())
     assert not same(zero, -zero)
+
+
+def test_a_state_that_cannot_be_cut_is_measured_whole():
+    model = ScriptedModel(granularity=8, forgets=True)
+    with pytest.raises(LayoutFault):
+        layout_of(model)
+    assert granularity(model, lambda _: None, whole=True) == 8
+    found = checks(model, 8, whole=True)
+    assert failed(found) == []
+    assert [check.name for check in found[-2:]] == ["restored at 280 and continued", "restored at 533 and continued"]
+
+
+def test_whole_states_that_do_not_come_back_mean_no_caching():
+    class Refuses(ScriptedModel):
+        def load(self, stream, blob):
+            raise ModelFault("state refused")
+
+    class Others(ScriptedModel):
+        def load(self, stream, blob):
+            super().load(stream, blob)
+            self._cells[stream, self.n_held(stream) - 1] ^= np.uint64(1)
+
+    for model in (Refuses(forgets=True), Others(forgets=True)):
+        assert granularity(model, lambda _: None, whole=True) is None
+        assert [name.split(" ")[0] for name in failed(checks(model, 1, whole=True))] == ["restored", "restored"]
