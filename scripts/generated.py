@@ -42,7 +42,7 @@ FIXED_BOUNDS = (  # not in the configuration: nobody has had a reason to change 
 UNITS = {"bytes": "bytes", "s": "s", "ms": "ms", "chars": "characters"}  # a part of the name → unit; else a count
 
 CAUSES = {
-    Cause.COMPUTED: "prefix is resident and pinned",
+    Cause.COMPUTED: "prefix is durable and leased",
     Cause.FAILED: "cannot be computed or kept",
     Cause.EXPIRED: "expires_at is past",
     Cause.UPDATED: "PUT, or reset_ttl on use",

@@ -12,6 +12,8 @@ baseline   the other end of that process's pipe
 prompts    prompts as the server builds them, so that raw evaluates the same token ids in the same ubatches
 ttft       time to first token, decoding, several users; what it comes to: ttft_report
 gateway    the gateway's own cost, with the scripted engine; what it comes to: gateway_report
+store      restarts, restoring from disk, durability, no reuse, the index; what it comes to: store_report; its parts:
+           store_servers, store_restore, store_disk, store_index
 pinning    the gateway alone on a core
 """
 
