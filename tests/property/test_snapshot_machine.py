@@ -48,7 +48,7 @@ class SnapshotMachine(RuleBasedStateMachine):
         g=st.sampled_from([1, 8, 64]),
         ram=st.integers(0, 12),
         pages=st.sampled_from([None, 0, 2, 5, 100]),
-        policy_name=st.sampled_from(["lru", "s3fifo"]),
+        policy_name=st.sampled_from(["lru", "s3fifo", "cost"]),
     )
     def start(self, g, ram, pages, policy_name):
         self.model = ScriptedModel(n_streams=4, n_ctx=N_MAX + 8, granularity=g, forgets=True)

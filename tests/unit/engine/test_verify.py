@@ -19,7 +19,7 @@ class ForgetfulModel(ScriptedModel):
     def load(self, stream, blob):
         super().load(stream, blob)
         self._cells[stream, 5] ^= 1
-        self._cells[stream, self._used[stream].sum() - 1] ^= 1
+        self._cells[stream, self.n_held(stream) - 1] ^= 1
 
 
 def shown(config=CONFIG):
@@ -41,3 +41,15 @@ def test_a_model_that_is_not_exact_fails(monkeypatch: pytest.MonkeyPatch):
     passed, text = shown()
     assert not passed
     assert "none of 1, 8, 16, 64 is exact" in text
+
+
+@pytest.mark.parametrize("model_type, verdict", [(ScriptedModel, True), (ForgetfulModel, False)])
+def test_a_model_kept_whole_is_verified_whole(monkeypatch: pytest.MonkeyPatch, model_type, verdict):
+    prepared = prepare_scripted(CONFIG)
+    prepared.model, prepared.reuse = model_type(n_ctx=1024, granularity=8, forgets=True), "snapshots"
+    monkeypatch.setattr(verify, "prepare_scripted", lambda _config: prepared)
+    passed, text = shown()
+    assert passed == verdict
+    assert "state kept whole and put back" in text
+    assert "24 bytes for 560 tokens" in text
+    assert ("g = 8" in text) == verdict
