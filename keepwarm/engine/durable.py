@@ -209,7 +209,7 @@ class Durable:
         return None
 
     def _body(self, node: Node) -> NDArray[np.uint8]:
-        n_bytes = self._host.slot_bytes // BLOCK_TOKENS * len(node.tokens)
+        n_bytes = self._host.slot_bytes // BLOCK_TOKENS * node.n_tokens
         return self._host.bytes_of(node.slot)[:n_bytes]
 
     def _make_room(self, needed: int) -> list[Node] | None:
@@ -222,7 +222,7 @@ class Durable:
             victim = self._evict()
             if victim is None:
                 break  # the rest is locked; what has gone is gone
-            free += self.cost(len(victim.tokens), self._host.slot_bytes // BLOCK_TOKENS)
+            free += self.cost(victim.n_tokens, self._host.slot_bytes // BLOCK_TOKENS)
             gone.append(victim)
         return gone
 
@@ -261,7 +261,7 @@ class Durable:
 def head_of(node: Node, slot_bytes: int) -> BlockHead:
     """The node's head, as it is written."""
     assert node.parent is not None
-    n_bytes = slot_bytes // BLOCK_TOKENS * len(node.tokens)
+    n_bytes = slot_bytes // BLOCK_TOKENS * node.n_tokens
     return BlockHead(node.key, node.parent.key, node.start, node.tokens, node.closed, n_bytes)
 
 

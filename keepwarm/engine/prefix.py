@@ -31,6 +31,7 @@ from keepwarm.engine.eviction import BlockFacts, Policy, policy
 from keepwarm.engine.layout import BLOCK_TOKENS
 
 BlockKey = bytes  # 32 bytes
+TOKEN_BYTES, SORTABLE = 4, ">i4"
 
 
 def root_key(*parts: str) -> BlockKey:
@@ -44,20 +45,23 @@ def block_key(parent: BlockKey, tokens: Tokens, *, closed: bool) -> BlockKey:
 
 
 class Node:
-    """One stored block. `slot` is its place in the host tier (-1: none), `disk_bytes` what it takes on disk (0: nothing)."""
+    """One stored block. `slot` is its place in the host tier (-1: none), `disk_bytes` what it takes on disk (0: nothing).
+
+    Its tokens are kept once, in the form that sorts (`_sortable`); without children it holds no containers.
+    """
 
     __slots__ = (
         "children", "closed", "closed_children", "disk_bytes", "id", "key", "locks", "n_disk_children", "parent", "pins",
-        "slot", "start", "tokens",
+        "slot", "sortable", "start",
     )  # fmt: skip
 
     def __init__(
-        self, id_: int, key: BlockKey, parent: "Node | None", start: int, tokens: Tokens, closed: bool
+        self, id_: int, key: BlockKey, parent: "Node | None", start: int, sortable: bytes, closed: bool
     ) -> None:
         self.id, self.key, self.parent, self.start = id_, key, parent, start
-        self.tokens, self.closed = tokens, closed
-        self.children: list[tuple[bytes, Node]] = []  # open blocks, sorted by sortable token bytes
-        self.closed_children: dict[bytes, Node] = {}
+        self.sortable, self.closed = sortable, closed
+        self.children: list[Node] | None = None  # open blocks, sorted
+        self.closed_children: dict[bytes, Node] | None = None
         self.n_disk_children = 0
         self.locks = 0
         self.pins = 0
@@ -65,12 +69,25 @@ class Node:
         self.disk_bytes = 0
 
     @property
+    def n_tokens(self) -> int:
+        return len(self.sortable) // TOKEN_BYTES
+
+    @property
+    def tokens(self) -> Tokens:
+        """The token ids, shape (n_tokens,), a copy."""
+        return np.frombuffer(self.sortable, SORTABLE).astype(np.int32)
+
+    @property
     def end(self) -> int:
-        return self.start + len(self.tokens)
+        return self.start + self.n_tokens
 
     @property
     def is_leaf(self) -> bool:
         return not (self.children or self.closed_children)
+
+    def below(self) -> "list[Node]":
+        """Its children."""
+        return [*(self.children or ()), *(self.closed_children or {}).values()]
 
     @property
     def is_hollow(self) -> bool:
@@ -115,7 +132,11 @@ class DoubleInsert(Exception):
 
 def _sortable(tokens: Tokens) -> bytes:
     """Bytes that sort as the tokens do (token ids are never negative)."""
-    return tokens.astype(">i4").tobytes()
+    return tokens.astype(SORTABLE).tobytes()
+
+
+def _order(node: Node) -> bytes:
+    return node.sortable
 
 
 def common_length(a: Tokens, b: Tokens) -> int:
@@ -184,7 +205,7 @@ class PrefixIndex:
         at = 0
         sortable = _sortable(tokens)
         for extent in extents(parts, len(tokens)):
-            key = sortable[4 * extent.start : 4 * extent.end]
+            key = sortable[TOKEN_BYTES * extent.start : TOKEN_BYTES * extent.end]
             child = _exact(node, key, closed=extent.closed)
             if child is None or child.is_hollow:
                 wanted = tokens[extent.start : extent.end]
@@ -212,7 +233,7 @@ class PrefixIndex:
         wanted = list(extents(parts, n_tokens))
         sortable = _sortable(tokens[:n_tokens])
         for i, extent in enumerate(wanted):
-            key = sortable[4 * extent.start : 4 * extent.end]
+            key = sortable[TOKEN_BYTES * extent.start : TOKEN_BYTES * extent.end]
             child = _exact(node, key, closed=extent.closed) if node else None
             if child is None and node is not None and not extent.closed and i == len(wanted) - 1:
                 piece = tokens[extent.start : extent.end]
@@ -239,13 +260,14 @@ class PrefixIndex:
         Superfluous nodes (shorter, unused siblings whose tokens the new block begins with) are out of the index already:
         the caller frees their bytes.
         """
-        parent = parent or self._root(root, tokens)
-        node = self._insert(parent, tokens[extent.start : extent.end].copy(), extent.start, closed=extent.closed)
+        parent = parent or self._root(root)
+        node = self._insert(parent, tokens[extent.start : extent.end], extent.start, closed=extent.closed)
         superfluous = []
         if not node.closed:
-            i = bisect_left(parent.children, _sortable(node.tokens), key=lambda c: c[0])
-            shorter_key, shorter = parent.children[i - 1] if i else (b"", node)
-            if i and _sortable(node.tokens).startswith(shorter_key) and shorter.is_idle:
+            siblings = parent.children or []
+            i = bisect_left(siblings, node.sortable, key=_order)
+            shorter = siblings[i - 1] if i else None
+            if shorter is not None and node.sortable.startswith(shorter.sortable) and shorter.is_idle:
                 self._unlink(shorter)
                 superfluous.append(shorter)
         self.fill(node, slot, now_s=now_s, n_read=n_read)
@@ -256,27 +278,29 @@ class PrefixIndex:
 
         `head_parent` is the node before it, or the key of its chain's root.
         """
-        parent = head_parent if isinstance(head_parent, Node) else self._root(head_parent, tokens)
+        parent = head_parent if isinstance(head_parent, Node) else self._root(head_parent)
         node = self._insert(parent, tokens, start, closed=closed)
         assert node.key == key
         return node
 
-    def _root(self, root: BlockKey, tokens: Tokens) -> Node:
+    def _root(self, root: BlockKey) -> Node:
         known = self._roots.get(root)
         if known is None:
-            known = self._roots[root] = Node(-1, root, None, 0, tokens[:0], closed=True)
+            known = self._roots[root] = Node(-1, root, None, 0, b"", closed=True)
         return known
 
     def _insert(self, parent: Node, piece: Tokens, start: int, *, closed: bool) -> Node:
         key = _sortable(piece)
         if _exact(parent, key, closed=closed) is not None:
             raise DoubleInsert(f"{'closed ' if closed else ''}block at {start}")
-        node = Node(self._next_id, block_key(parent.key, piece, closed=closed), parent, start, piece, closed)
+        node = Node(self._next_id, block_key(parent.key, piece, closed=closed), parent, start, key, closed)
         self._next_id += 1
         if closed:
+            parent.closed_children = parent.closed_children or {}
             parent.closed_children[key] = node
         else:
-            insort(parent.children, (key, node), key=lambda c: c[0])
+            parent.children = parent.children or []
+            insort(parent.children, node, key=_order)
         self._nodes[node.id] = node
         self._refresh(parent)
         return node
@@ -338,12 +362,13 @@ class PrefixIndex:
         """Take the node out of the tree and its bytes out of the accounts; the caller frees them."""
         parent = node.parent
         assert parent is not None
-        key = _sortable(node.tokens)
         if node.closed:
-            del parent.closed_children[key]
+            assert parent.closed_children is not None
+            del parent.closed_children[node.sortable]
         else:
-            i = bisect_left(parent.children, key, key=lambda c: c[0])
-            assert parent.children[i][1] is node
+            assert parent.children is not None
+            i = bisect_left(parent.children, node.sortable, key=_order)
+            assert parent.children[i] is node
             del parent.children[i]
         del self._nodes[node.id]
         if node.slot >= 0:
@@ -455,7 +480,7 @@ class PrefixIndex:
             stack = [root]
             while stack:
                 node = stack.pop()
-                below = [child for _, child in node.children] + list(node.closed_children.values())
+                below = node.below()
                 assert node.n_disk_children == sum(bool(child.disk_bytes) for child in below)
                 for child in below:
                     seen += 1
@@ -477,24 +502,26 @@ class PrefixIndex:
 
 def _facts(node: Node, n_read: int) -> BlockFacts:
     parent = node.parent.id if node.parent is not None and node.parent.id >= 0 else None
-    return BlockFacts(node.key, parent, node.start, len(node.tokens), n_read)
+    return BlockFacts(node.key, parent, node.start, node.n_tokens, n_read)
 
 
 def _exact(node: Node, key: bytes, *, closed: bool) -> Node | None:
     if closed:
-        return node.closed_children.get(key)
+        return node.closed_children.get(key) if node.closed_children else None
     children = node.children
+    if not children:
+        return None
     if len(children) == 1:  # most chains do not branch
-        return children[0][1] if children[0][0] == key else None
-    i = bisect_left(children, key, key=lambda c: c[0])
-    return children[i][1] if i < len(children) and children[i][0] == key else None
+        return children[0] if children[0].sortable == key else None
+    i = bisect_left(children, key, key=_order)
+    return children[i] if i < len(children) and children[i].sortable == key else None
 
 
 def _below(node: Node) -> list[Node]:
     """All nodes under this one, each behind its parent."""
-    found = [child for _, child in node.children] + list(node.closed_children.values())
+    found = node.below()
     for child in found:
-        found += [below for _, below in child.children] + list(child.closed_children.values())
+        found += child.below()
     return found
 
 
@@ -510,11 +537,12 @@ def _nearest(node: Node, key: bytes, wanted: Tokens) -> tuple[Node | None, int]:
 
     Beside the insertion point in each direction, the first that is not hollow.
     """
-    i = bisect_left(node.children, key, key=lambda c: c[0])
-    before = next((child for _, child in reversed(node.children[:i]) if not child.is_hollow), None)
-    behind = next((child for _, child in node.children[i:] if not child.is_hollow), None)
+    children = node.children or []
+    i = bisect_left(children, key, key=_order)
+    before = next((child for child in reversed(children[:i]) if not child.is_hollow), None)
+    behind = next((child for child in children[i:] if not child.is_hollow), None)
     best, best_n = None, 0
-    for child in (before, behind, *node.closed_children.values()):
+    for child in (before, behind, *(node.closed_children or {}).values()):
         n = common_length(child.tokens, wanted) if child is not None and not child.is_hollow else 0
         if n > best_n:
             best, best_n = child, n

@@ -201,7 +201,7 @@ class PrefixStore:
             if slot is None:
                 return
             self._index.lock((node,))
-            into = self._tier.bytes_of(slot)[: len(node.tokens) * self._layout.cell_bytes]
+            into = self._tier.bytes_of(slot)[: node.n_tokens * self._layout.cell_bytes]
             self._reading.begin(node, into, partial(self._arrived, node, slot))
 
     def _arrived(self, node: Node, slot: int, lost: BlockLost | None) -> None:
@@ -228,7 +228,7 @@ class PrefixStore:
     def n_unread(self, held: Held) -> int:
         """Tokens of a match that are not in host RAM yet."""
         with self._lock:
-            return sum(len(node.tokens) for node in held.nodes if node.slot < 0 and not node.is_hollow)
+            return sum(node.n_tokens for node in held.nodes if node.slot < 0 and not node.is_hollow)
 
     def restore(self, held: Held, model: Model, stream: int) -> int:
         """Put the held tokens' state into an empty stream; returns how many tokens were restored. Compute thread only.
@@ -281,16 +281,16 @@ class PrefixStore:
 
     def _ready(self, todo: Sequence[Node]) -> tuple[list[tuple[NDArray[np.uint8], int]], Node | None]:
         """Bytes of the first nodes that are there by now, at least one: waits for it or reads it. Or the lost one."""
-        ready = [(self._tier.bytes_of(node.slot), len(node.tokens)) for node in _leading(todo)]
+        ready = [(self._tier.bytes_of(node.slot), node.n_tokens) for node in _leading(todo)]
         if ready:
             return ready, None
         first = todo[0]
         assert self._reading
         self._reading.wait(first)
         if first.slot >= 0:
-            return [(self._tier.bytes_of(first.slot), len(first.tokens))], None
+            return [(self._tier.bytes_of(first.slot), first.n_tokens)], None
         if not first.is_hollow:  # no slot could be had for it
-            scratch = np.empty(len(first.tokens) * self._layout.cell_bytes, np.uint8)
+            scratch = np.empty(first.n_tokens * self._layout.cell_bytes, np.uint8)
             try:
                 self._reading.now(first, scratch)
             except BlockLost:
@@ -299,7 +299,7 @@ class PrefixStore:
                 for pin in damaged:
                     self.on_damage(pin)
             else:
-                return [(scratch, len(first.tokens))], None
+                return [(scratch, first.n_tokens)], None
         return [], first
 
     # --- save
@@ -343,7 +343,7 @@ class PrefixStore:
         finally:
             with self._lock:
                 self._index.unlock(path)
-        return sum(len(node.tokens) for node in path[len(have.nodes) :])
+        return sum(node.n_tokens for node in path[len(have.nodes) :])
 
     def check_room(self, prompt: Prompt) -> None:
         """Whether a lease of this prompt fits, by what is there now. Raises NoRoom."""
@@ -359,7 +359,7 @@ class PrefixStore:
             if len(wanted) > free:
                 raise NoRoom(len(wanted) * self._tier.slot_bytes, free * self._tier.slot_bytes)
             if self._durable:
-                lengths = [len(node.tokens) for node in path if not node.pins] + [w.end - w.start for w in wanted]
+                lengths = [node.n_tokens for node in path if not node.pins] + [w.end - w.start for w in wanted]
                 needed = sum(self._durable.cost(n, self._layout.cell_bytes) for n in lengths)
                 room = self._durable.room(
                     self._index.n_pinned * self._durable.cost(BLOCK_TOKENS, self._layout.cell_bytes)
