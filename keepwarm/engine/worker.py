@@ -108,7 +108,8 @@ def prepare_scripted(config: Config) -> Prepared:
     wanted = config.model
     model = ScriptedModel(n_streams=wanted.n_streams, n_ctx=wanted.n_ctx or N_CTX, n_ubatch=wanted.n_ubatch)
     determinism: Literal["strict", "fast"] = "fast" if wanted.determinism == "fast" else "strict"
-    return Prepared(model, "scripted", "scripted", "plain", determinism, granularity(model, lambda _: None))
+    found = granularity(model, lambda _: None)
+    return Prepared(model, "scripted", "scripted", "plain", determinism, found, reuse="blocks" if found else "none")
 
 
 class Call(Struct, frozen=True):
