@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from keepwarm.core.clock import SystemClock
-from keepwarm.launch import ending_on_sigterm
+from keepwarm.launch import LaunchError, ending_on_sigterm
 from tests.crash.rounds import Report, RoundFailed, Run, opened
 
 N_ROUNDS = 200
@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             reports = _shown(run, numbers(chosen), console)
     except RoundFailed as failed:
         console.print(f"[red]failed[/red]: {failed}", highlight=False, soft_wrap=True)
+        return 1
+    except LaunchError as failed:
+        console.print(f"[red]failed[/red] at the first start: {failed}; logs are in {folder}", highlight=False)
         return 1
     except KeyboardInterrupt:
         console.print("stopped")

@@ -19,8 +19,8 @@ HOST = "127.0.0.1"
 MODEL = "scripted"
 TOKENS_MAX = 16
 WATCH_SHARE = 0.7  # of new objects whose creator waits until they are ready
-WATCH_CALLS_MAX = 200
-WATCH_S = 0.02
+WATCH_CALLS_MAX = 500
+WATCH_S = 0.005
 COME_AGAIN = (429, 503)
 Message = dict[str, str]
 

@@ -55,13 +55,18 @@ class Ledger:
         self._known = {entry.cache_id: entry for entry in known}
         self._answers: list[Answer] = []
         self._log: list[str] = []
-        self._n_answers = 0
+        self._n_answers = self._n_ready = 0
         self.answered = threading.Condition(self._lock)
 
     @property
     def n_answers(self) -> int:
         """Calls of this round that were answered; changes are told through `answered`, which must be held."""
         return self._n_answers
+
+    @property
+    def n_ready(self) -> int:
+        """Objects that were told as ready for the first time; as `n_answers`."""
+        return self._n_ready
 
     def begin_round(self) -> None:
         with self._lock:
@@ -98,8 +103,10 @@ class Ledger:
             self._known.pop(entry.cache_id, None)
 
     def told_ready(self, entry: Known) -> None:
-        with self._lock:
+        with self.answered:
+            self._n_ready += not entry.is_ready
             entry.is_ready = True
+            self.answered.notify_all()
 
     def delete_sent(self, entry: Known) -> None:
         with self._lock:

@@ -36,6 +36,7 @@ WORDS = (
     "bridge",
     "kernel",
 )
+AT_READY_SHARE = 0.4  # of rounds in which the kill comes at once when an object is told as ready
 CARRY_ON_SHARE = 0.5  # of rounds without a gateway's kill in which the clients go on while the engine is away
 
 
@@ -90,6 +91,7 @@ class Round(Struct, frozen=True):
     delay_s: float  # and this much later
     again_s: float | None  # the engine is killed once more this long after the restart has begun
     carry_on: bool
+    at_ready: bool  # wait for the next object to be told as ready instead of for `delay_s`
 
 
 def plan_round(seed: int, number: int) -> Round:
@@ -104,6 +106,7 @@ def plan_round(seed: int, number: int) -> Round:
         delay_s=draw.uniform(0, DELAY_S_MAX),
         again_s=draw.uniform(0, AGAIN_S_MAX) if draw.random() < AGAIN_SHARE else None,
         carry_on=draw.random() < CARRY_ON_SHARE,
+        at_ready=draw.random() < AT_READY_SHARE,
     )
 
 

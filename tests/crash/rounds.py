@@ -100,11 +100,10 @@ class Run:
         clients = [Client(i, plan.clients[i], server.port, ledger, self._clock) for i in range(len(plan.clients))]
         for client in clients:
             client.start()
-        with ledger.answered:
-            while ledger.n_answers < plan.n_answers and any(client.is_alive() for client in clients):
-                ledger.answered.wait(POLL_S)
-        time.sleep(plan.delay_s)
-        epoch, self._log_start = server.epoch(), server.log_end()
+        epoch = server.epoch()
+        server.aim()
+        self._wait_for_moment(plan, clients)
+        self._log_start = server.log_end()
         self._ready_at_kill = [entry for entry in ledger.known() if entry.is_ready and not entry.is_deleting]
         if plan.victim is not Victim.ENGINE or not plan.carry_on:
             for client in clients:
@@ -120,6 +119,22 @@ class Run:
                 epoch = epoch_now
         server.wait_ready(epoch)
         return self._joined(clients)
+
+    def _wait_for_moment(self, plan: Round, clients: list[Client]) -> None:
+        """Until the moment of the kill, or the end of the load."""
+        ledger = self._ledger
+
+        def wait_while(is_early: Callable[[], bool]) -> None:
+            while is_early() and any(client.is_alive() for client in clients):
+                ledger.answered.wait(POLL_S)
+
+        with ledger.answered:
+            wait_while(lambda: ledger.n_answers < plan.n_answers)
+            n_ready = ledger.n_ready
+            if plan.at_ready:
+                wait_while(lambda: ledger.n_ready == n_ready)
+        if not plan.at_ready:
+            time.sleep(plan.delay_s)
 
     def _joined(self, clients: list[Client]) -> list[str]:
         found = []
@@ -174,11 +189,12 @@ class Run:
         shutil.rmtree(kept, ignore_errors=True)
         start.rename(kept)
         again = "" if plan.again_s is None else f", the engine again {plan.again_s:.3f} s later"
+        moment = "at the next object ready" if plan.at_ready else f"{plan.delay_s:.3f} s"
         done = self._ledger.log()
         lines = [
             f"seed {self._seed}, round {number}: {len(found)} violated",
             *(f"  {line}" for line in found),
-            f"killed: {plan.victim.value}, {plan.delay_s:.3f} s after {plan.n_answers} answers{again}",
+            f"killed: {plan.victim.value}, {moment} after {plan.n_answers} answers{again}",
             f"the last of {len(done)} calls:",
             *(f"  {line}" for line in done[-LOG_LINES_SHOWN:]),
             f"to do it again: python -m scripts.crash --seed {self._seed} --only-round {number} --from {kept}",

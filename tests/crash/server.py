@@ -24,7 +24,7 @@ from tests.crash.client import HOST, Api, answer_of, question_message, text_mess
 from tests.crash.ledger import Answer
 from tests.crash.plan import KEYS, Victim
 
-START_S_MAX = 60.0
+START_S_MAX = 60.0  # an engine that never comes up is told after this
 WORKER = "keepwarm.engine.worker"
 HOST_BYTES = 400_000  # 12,500 tokens: less than the leases of a round
 DISK_BYTES = 1_600_000  # the leases of some fifteen objects
@@ -73,6 +73,7 @@ class TestedServer:
         self._config_path.write_text(config)
         self._process: subprocess.Popen[bytes] | None = None
         self._server: ServerProcess | None = None
+        self._aimed: list[psutil.Process] = []
 
     @property
     def port(self) -> int:
@@ -112,30 +113,31 @@ class TestedServer:
             return health.engine.epoch if health else 0
         return 0
 
+    def aim(self) -> None:
+        """Find the engine's process for the next `kill`: a search takes longer than the moment to be hit."""
+        self._aimed = self._engines()
+
     def kill(self, victim: Victim) -> bool:
-        """SIGKILL; True when the gateway is gone and must be started again."""
+        """SIGKILL to what was aimed at; True when the gateway is gone and must be started again."""
         match victim:
             case Victim.ENGINE:
-                self.kill_engine()
+                self._kill_aimed()
                 return False
             case Victim.GATEWAY:
                 self._kill_gateway()
             case Victim.ENGINE_THEN_GATEWAY:
-                self.kill_engine()
+                self._kill_aimed()
                 self._kill_gateway()
             case Victim.GATEWAY_THEN_ENGINE:
-                engines = self._engines()
                 self._kill_gateway()
-                for engine in engines:
-                    _kill(engine)
+                self._kill_aimed()
         return True
 
     def kill_engine(self) -> bool:
-        """False when there is none at this moment."""
-        engines = self._engines()
-        for engine in engines:
-            _kill(engine)
-        return bool(engines)
+        """Whichever there is now; False when there is none."""
+        self.aim()
+        self._kill_aimed()
+        return bool(self._aimed)
 
     def log_end(self) -> int:
         """Bytes logged so far."""
@@ -162,6 +164,10 @@ class TestedServer:
         with contextlib.suppress(psutil.NoSuchProcess):
             return [child for child in psutil.Process(self._process.pid).children() if _is_engine(child)]
         return []
+
+    def _kill_aimed(self) -> None:
+        for engine in self._aimed:
+            _kill(engine)
 
     def _kill_gateway(self) -> None:
         assert self._process
