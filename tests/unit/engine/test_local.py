@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -174,15 +175,32 @@ async def test_a_turn_that_is_not_read_is_cancelled_when_its_queue_is_full(tmp_p
             assert "4 events were not read" in last.message
 
 
-async def test_drop_gives_back_what_was_pinned(config):
+async def test_drop_gives_back_what_was_leased(config):
+    async with running(config) as engine:
+        await events_of(engine, plan("t1", 128, n_out=0, pin_id="object"))
+        status = await until(engine, lambda s: s.store and on_disk(s).bytes_leased)
+        n_bytes = on_disk(status).bytes_leased
+        assert (on_disk(status).n_blocks, on_disk(status).bytes_resident, status.store.n_leases) == (2, 0, 1)
+        await engine.drop("never heard of")
+        await engine.drop("object")
+        status = await until(engine, lambda s: not on_disk(s).bytes_leased)
+        assert (on_disk(status).bytes_resident, status.store.n_leases) == (n_bytes, 0)
+
+
+async def test_without_a_disk_tier_a_lease_stays_in_memory(config):
+    config = msgspec.structs.replace(config, cache=CacheConfig(host_bytes=8 << 20, disk_bytes=0))
     async with running(config) as engine:
         await events_of(engine, plan("t1", 128, n_out=0, pin_id="object"))
         status = await until(engine, lambda s: s.host_bytes_pinned)
         assert status.host_bytes_pinned == 2 * 64 * status.model.bytes_per_token
-        await engine.drop("never heard of")
         await engine.drop("object")
         status = await until(engine, lambda s: not s.host_bytes_pinned)
         assert status.host_bytes_resident == 2 * 64 * status.model.bytes_per_token
+
+
+def on_disk(status):
+    (pool,) = [pool for pool in status.store.pools if pool.name == "disk"]
+    return pool
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
