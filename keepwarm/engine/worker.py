@@ -302,12 +302,17 @@ class Worker:
                 self._tell_status(core, EngineState.READY, detail)
 
     def _next_frame(self, core: EngineCore, detail: str) -> Work:
-        """Wait for work; the counters are told when none comes for a moment, not between two turns that follow at once."""
-        try:
-            return self._inbox.get(timeout=IDLE_S)
-        except queue.Empty:
-            self._tell_status(core, EngineState.READY, detail)
-            return self._inbox.get()
+        """Wait for work; the counters are told when none comes for a moment, not between two turns that follow at once.
+
+        And now and then after that: writing goes on behind the last turn, and memory pressure changes by itself.
+        """
+        wait_s = IDLE_S
+        while True:
+            try:
+                return self._inbox.get(timeout=wait_s)
+            except queue.Empty:
+                self._tell_status(core, EngineState.READY, detail)
+                wait_s = GOVERN_S
 
     def _take(self, core: EngineCore, frame: Work) -> None:
         match frame:

