@@ -273,15 +273,14 @@ class EngineCore:
             run.phase, run.held = Phase.WAITING, held
             return None
         donor, n_shared = self._donor(run, held.n_tokens + SHARE_TOKENS_MIN, want_logits=want_logits)
-        if donor is None:
-            return held
-        self._store.release(held)
-        if donor.pos < n_shared:
-            run.phase, run.waits_for, run.waits_until = Phase.WAITING, donor.plan.turn_id, n_shared
-            return None
-        assert donor.stream is not None
-        self._store.save(donor.prompt, donor.n_evaluated, self._model, donor.stream, spend=False, pin=None)
-        held = self._store.hold(run.prompt, want_logits=want_logits)
+        if donor is not None:
+            self._store.release(held)
+            if donor.pos < n_shared:
+                run.phase, run.waits_for, run.waits_until = Phase.WAITING, donor.plan.turn_id, n_shared
+                return None
+            assert donor.stream is not None
+            self._store.save(donor.prompt, donor.n_evaluated, self._model, donor.stream, spend=False, pin=None)
+            held = self._store.hold(run.prompt, want_logits=want_logits)
         return held
 
     def _has_company(self, run: Run) -> bool:

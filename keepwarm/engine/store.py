@@ -95,7 +95,7 @@ class PrefixStore:
     whatever it takes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a store is made of, each named at the one place that builds it
         self,
         layout: Layout,
         tier: HostTier,

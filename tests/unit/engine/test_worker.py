@@ -37,7 +37,9 @@ from tests.unit.engine.conftest import tokens
 
 BLOCK_BYTES = slot_bytes(LAYOUT)
 WAIT_S = 30.0  # a hang is a failure
-CONFIG = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1 << 20, disk_bytes=0))
+CONFIG = Config(
+    model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1 << 20, disk_bytes=0)
+)
 
 
 @pytest.fixture
@@ -275,7 +277,9 @@ def test_a_frame_that_is_a_bug_ends_it(raw):
 
 
 def test_without_caching_everything_is_evaluated():
-    config = Config(model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1, disk_bytes=0))
+    config = Config(
+        model=ModelConfig(engine="scripted", n_streams=2, n_ctx=1024), cache=CacheConfig(host_bytes=1, disk_bytes=0)
+    )
     with worker(config) as spoken:
         assert spoken.ready()[-1].status.host_bytes_total == 0
         answers = [spoken.run(plan(f"t{i}", tokens(200)))[1:-1] for i in range(2)]
