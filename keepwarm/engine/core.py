@@ -390,13 +390,16 @@ class EngineCore:
         if pin is not None and run.n_evaluated == run.n_prompt:
             self._lease(run, pin, reason)
             return
+        self._tell_end(run, reason, stop)
+        self._leave(run)
+
+    def _tell_end(self, run: Run, reason: FinishReason, stop: str | None = None) -> None:
         turn_id = run.plan.turn_id
         self._tell(turn_id, *run.reader.finish())
         if reason == "stop" and run.reader.saw_tool_call:
             reason = "tool_calls"
         self._tell(turn_id, ChoiceFinished(reason, run.n_output, stop=stop), Finished(run.usage(), run.timings()))
         self._flush()
-        self._leave(run)
 
     def _lease(self, run: Run, pin: str, reason: FinishReason) -> None:
         """Keep the prompt for a cache object. The turn ends when all of it is durable; its stream is free before that."""
@@ -425,9 +428,7 @@ class EngineCore:
             message = f"this cache could not be written to disk: {fault}"
             self._fail(run, Failed(ErrorKind.OVERLOADED, message, run.usage()))
             return
-        self._tell(turn_id, *run.reader.finish())
-        self._tell(turn_id, ChoiceFinished(reason, run.n_output), Finished(run.usage(), run.timings()))
-        self._flush()
+        self._tell_end(run, reason)
         self._release(run)
 
     def _fail(self, run: Run, failed: Failed) -> None:

@@ -13,7 +13,7 @@ lease's end never overtakes its beginning. Nodes that are to be written are lock
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,13 +28,12 @@ from keepwarm.engine.governor import pool
 from keepwarm.engine.layout import BLOCK_TOKENS
 from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.prefix import Node, PrefixIndex
+from keepwarm.engine.reuse import Done
 from keepwarm.engine.tiers import BlockHead, Damage, HostTier, TierFault, TierFull
 
 WRITE_BLOCKS_MAX = 32  # blocks of one batch: one directory fsync for all of them, and 50 MB of a small model
 WAITING_BLOCKS_MAX = 1024  # blocks of no lease waiting to be written; more are not admitted, their turns come again
 GHOSTS_MAX = 65_536  # keys remembered of blocks that left unwritten: 6 MB
-
-Done = Callable[[TierFull | TierFault | None], None]
 
 
 class Durable:

@@ -8,7 +8,6 @@ twice. At start heads are read, never bodies; a lease whose state is not there i
 
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,13 +19,12 @@ from keepwarm.engine.disk import DiskTier
 from keepwarm.engine.governor import pool
 from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.ram import RamTier
+from keepwarm.engine.reuse import Done
 from keepwarm.engine.snapshot_index import Snapshot, SnapshotIndex
 from keepwarm.engine.tiers import BlockHead, BlockLost, TierFault, TierFull
 
 HITS_TO_DISK = 2  # a conversation hits its last turn's snapshot once and moves on; what is hit again is shared
 WAITING_MAX = 8  # snapshots of no lease waiting to be written; more are not admitted, their turns come again
-
-Done = Callable[[TierFull | TierFault | None], None]
 
 
 class SnapshotDisk:
@@ -106,6 +104,7 @@ class SnapshotDisk:
             except (TierFull, TierFault) as exc:
                 self.n_write_faults += 1
                 fault = exc
+                self._drop(pin)  # it may have been written all the same, as in durable.py
         done(fault)
 
     def _drop(self, pin: str) -> None:

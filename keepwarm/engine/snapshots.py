@@ -31,7 +31,8 @@ from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model, ModelFault
 from keepwarm.engine.prefix import BlockKey, root_key
 from keepwarm.engine.ram import RamTier
-from keepwarm.engine.snapshot_disk import Done, SnapshotDisk, head_of
+from keepwarm.engine.reuse import Done
+from keepwarm.engine.snapshot_disk import SnapshotDisk, head_of
 from keepwarm.engine.snapshot_index import Snapshot, SnapshotIndex, snapshot_points
 from keepwarm.engine.store import NoRoom
 from keepwarm.engine.tiers import BlockLost, TierFull
@@ -46,7 +47,6 @@ class HeldSnapshot(Struct, frozen=True):
     snapshot: Snapshot | None
     n_tokens: int
     tier: str | None = None  # where it lay when it was found
-    n_skipped: int = 0  # as in store.Held; a whole state is always worth reading
 
 
 class SnapshotCounters(Struct):
@@ -402,10 +402,6 @@ class SnapshotStore:
     def bytes_pinned(self) -> int:
         """Of snapshots that must stay in RAM: pinned, and not on disk (yet)."""
         return sum(snapshot.n_bytes for snapshot in self._index if snapshot.kept_in_ram)
-
-    @property
-    def tier_name(self) -> str:
-        return self._ram.name
 
     def status(self) -> StoreStatus:
         """What an operator sees; the pool of live KV is the engine's to add."""

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from keepwarm.core.clock import Clock, SystemClock
@@ -23,7 +24,7 @@ from keepwarm.engine import StoreStatus
 from keepwarm.engine.breakeven import Speeds, fastest, worth
 from keepwarm.engine.chunks import Piece, pieces, storable, usable
 from keepwarm.engine.disk import DiskTier
-from keepwarm.engine.durable import Done, Durable
+from keepwarm.engine.durable import Durable
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.governor import pool
 from keepwarm.engine.layout import BLOCK_TOKENS, Assembler, Layout, cut, parse
@@ -32,6 +33,7 @@ from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model
 from keepwarm.engine.prefix import BlockKey, Missing, Node, PrefixIndex, root_key
 from keepwarm.engine.reading import Reading
+from keepwarm.engine.reuse import Done
 from keepwarm.engine.tiers import BlockLost, HostTier
 
 BYTES_AHEAD = 256 << 20  # of the host tier kept ready for new blocks: 11,000 tokens of a small model, 2,000 of a 7B
@@ -54,7 +56,6 @@ class Held(Struct, frozen=True):
     parts: tuple[Piece, ...] = ()
     want_logits: bool = True
     tier: str | None = None  # the slowest one it lay in when it was found
-    n_skipped: int = 0  # stored tokens that are expected to be computed faster than read
 
 
 class _Assembled(Struct, frozen=True):
@@ -166,7 +167,7 @@ class PrefixStore:
                 if self._durable:
                     self._durable.admit(nodes)
             self._read_ahead(on_disk)
-        return Held(nodes, n, parts, want_logits, tier, n_found - n)
+        return Held(nodes, n, parts, want_logits, tier)
 
     def _worth(self, nodes: Sequence[Node], n: int, *, uses: bool) -> int:
         """How many of the n found tokens to read. A leased prefix is read in any case: that is what was promised."""
@@ -241,7 +242,7 @@ class PrefixStore:
         begin = self._clock.monotonic()
         nodes, n = held.nodes, held.n_tokens
         while n:
-            lost = self._assemble(replaced(held, nodes, n))
+            lost = self._assemble(replace(held, nodes=nodes, n_tokens=n))
             if lost is None:
                 break
             n = usable(lost.start, held.parts, self.granularity, want_logits=held.want_logits)
@@ -555,11 +556,6 @@ class PrefixStore:
             n_arriving = self._reading.n_arriving if self._reading else 0
             assert len(slots) == len(set(slots)) == self._tier.n_used - n_arriving
             self._status()
-
-
-def replaced(held: Held, nodes: tuple[Node, ...], n_tokens: int) -> Held:
-    """The same match, shorter."""
-    return Held(nodes, n_tokens, held.parts, held.want_logits, held.tier, held.n_skipped)
 
 
 def _leading(nodes: Sequence[Node]) -> list[Node]:
