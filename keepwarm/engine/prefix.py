@@ -182,8 +182,8 @@ class PrefixIndex:
     def __init__(self, host: Policy | None = None, disk: Policy | None = None) -> None:
         self._roots: dict[BlockKey, Node] = {}
         self._nodes: dict[int, Node] = {}
-        self._host = Shelf(host or policy("lru", 1))
-        self._disk = Shelf(disk or policy("lru", 1))
+        self._host = Shelf(policy("lru", 1) if host is None else host)  # a policy that knows no block yet is falsy
+        self._disk = Shelf(policy("lru", 1) if disk is None else disk)
         self._next_id = 0
         self.n_pinned = 0  # nodes with at least one pin that lie in the host tier alone
         self.disk_bytes = 0  # of all nodes on disk

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from keepwarm.engine.chunks import pieces
+from keepwarm.engine.eviction import policy
 from keepwarm.engine.layout import BLOCK_TOKENS
 from keepwarm.engine.prefix import DoubleInsert, Missing, PrefixIndex, block_key, common_length, extents, root_key
 from tests.unit.engine.conftest import tokens
@@ -176,6 +177,14 @@ def test_what_was_used_again_stays_longer():
     (new,) = store(index, tokens(64, seed=1))
     index.touch([old])
     assert evicted(index, 1) == [new]
+
+
+def test_the_policies_given_are_the_ones_that_are_asked():
+    host, disk = policy("s3fifo", 8), policy("cost", 8)
+    index = PrefixIndex(host, disk)
+    (node,) = store(index, tokens(64))
+    index.stored(node, 100)
+    assert (len(host), len(disk)) == (1, 1)
 
 
 def test_a_root_that_lost_everything_can_be_used_again():
