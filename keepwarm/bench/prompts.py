@@ -9,7 +9,7 @@ from keepwarm.config import Config
 from keepwarm.core.prompt import Prompt
 from keepwarm.core.request import Message, TextPart, ToolChoice
 from keepwarm.engine import ModelInfo, Tokenizer
-from keepwarm.engine.chunks import next_rows, pieces
+from keepwarm.engine.chunks import level_rows, next_rows, pieces
 
 TENANT = "bench"
 FRAGMENT_CACHE_BYTES = 1 << 20
@@ -54,7 +54,8 @@ class Prompts:
         """The ubatches in which the server evaluates the prompt from `start` on when nobody else is there."""
         parts, pos, rows = pieces(prompt.n_tokens, prompt.marks, self._granularity), start, []
         while pos < prompt.n_tokens:
-            rows.append(next_rows(pos, parts, self._granularity, self.n_ubatch))
+            rows_max = level_rows(pos, prompt.n_tokens, self.n_ubatch)
+            rows.append(next_rows(pos, parts, self._granularity, rows_max))
             pos += rows[-1]
         return rows
 

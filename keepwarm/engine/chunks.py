@@ -74,6 +74,17 @@ def next_rows(pos: int, parts: Sequence[Piece], g: int, rows_max: int) -> int:
     return rows
 
 
+def level_rows(pos: int, n_tokens: int, rows_max: int) -> int:
+    """The most rows to take from `pos`, so that ubatches end at multiples of `rows_max` when that makes no more of them.
+
+    An ubatch attends to all cells up to its end, padded (llama.cpp: to 256). Behind a restored prefix of 30 tokens whole
+    ubatches would end 30 tokens into the next padding every time: 5 % more time for 800 tokens.
+    """
+    n_left, rows = n_tokens - pos, rows_max - pos % rows_max
+    n_after = max(0, n_left - rows)
+    return rows if 1 + -(-n_after // rows_max) <= -(-n_left // rows_max) else rows_max
+
+
 def storable(n_evaluated: int, parts: Sequence[Piece], g: int) -> int:
     """How many of the first `n_evaluated` tokens have bits that other prompts may share (an open remainder has not)."""
     if g == 1 and parts and parts[-1].end == 1:

@@ -26,7 +26,7 @@ from keepwarm.core.event import (
     Usage,
 )
 from keepwarm.core.prompt import Plan, Prompt
-from keepwarm.engine.chunks import Piece, next_rows, pieces, usable
+from keepwarm.engine.chunks import Piece, level_rows, next_rows, pieces, usable
 from keepwarm.engine.model import DecodeStep, GrammarFault, Model, ModelFault, Sampler
 from keepwarm.engine.output import OutputReader
 from keepwarm.engine.prefix import common_length
@@ -317,6 +317,7 @@ class EngineCore:
         assert run.stream is not None
         granularity = self._store.granularity if self._store else 1
         begin = self._clock.monotonic()
+        rows_max = level_rows(run.pos, run.n_prompt, rows_max)
         rows = next_rows(run.pos, run.chunked, granularity, rows_max)
         last = run.pos + rows == run.n_prompt
         want_logits = last and run.plan.output.max_tokens > 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.engine.chunks import Piece, next_rows, pieces, storable, usable
+from keepwarm.engine.chunks import Piece, level_rows, next_rows, pieces, storable, usable
 
 GRANULARITIES = st.sampled_from([1, 8, 16, 64])
 
@@ -91,3 +91,31 @@ def test_storable_is_shareable(prompt, g, n_evaluated):
 
 def test_a_row_evaluated_alone_is_not_shared():
     assert storable(1, pieces(1, [], 1), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("pos", "n_tokens", "expected"),
+    [
+        (0, 800, 512),
+        (30, 800, 482),  # two ubatches either way: they end at 512 and 800, not at 542 and 800
+        (30, 530, 512),  # one ubatch would become two
+        (30, 1054, 512),  # two would become three
+        (30, 1053, 512),
+        (30, 1024, 482),
+        (512, 2000, 512),
+        (1023, 1500, 512),
+    ],
+)
+def test_ubatches_end_level_when_that_makes_no_more_of_them(pos, n_tokens, expected):
+    assert level_rows(pos, n_tokens, 512) == expected
+
+
+@given(st.integers(0, 3000), st.integers(1, 3000), st.integers(1, 600))
+def test_level_rows_never_cost_an_ubatch(pos, n_left, rows_max):
+    n_tokens, n_ubatches, at = pos + n_left, 0, pos
+    while at < n_tokens:
+        rows = level_rows(at, n_tokens, rows_max)
+        assert 0 < rows <= rows_max
+        at += min(rows, n_tokens - at)
+        n_ubatches += 1
+    assert n_ubatches == -(-n_left // rows_max)
