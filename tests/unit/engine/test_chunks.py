@@ -94,7 +94,7 @@ def test_a_row_evaluated_alone_is_not_shared():
 
 
 @pytest.mark.parametrize(
-    ("pos", "n_tokens", "expected"),
+    "pos, n_tokens, expected",
     [
         (0, 800, 512),
         (30, 800, 482),  # two ubatches either way: they end at 512 and 800, not at 542 and 800
