@@ -41,6 +41,7 @@ from keepwarm.bench.store_report import (
     tier_read,
 )
 from keepwarm.bench.store_restore import Question, measure
+from keepwarm.bench.store_scan import measure_scan
 from keepwarm.bench.store_servers import Running, Servers
 from keepwarm.core.clock import Clock, RandomIds, SystemClock
 from keepwarm.demo import DemoError
@@ -99,6 +100,14 @@ class Plan(Struct, frozen=True):
     def n_look_ups(self) -> int:
         return 5 if self.quick else 100
 
+    @property
+    def scan_blocks(self) -> int:
+        return 1_000 if self.quick else 10_000
+
+    @property
+    def n_scans(self) -> int:
+        return 1 if self.quick else 5
+
 
 class Stored(Struct, frozen=True):
     """A context that is a cache object."""
@@ -149,6 +158,7 @@ class Measurement:
             self._restart(stored, number)
         self._restore()
         self._index()
+        self._scan()
         return model
 
     # --- texts
@@ -294,6 +304,12 @@ class Measurement:
         sample = measure_index(plan.index_blocks, plan.lookup_tokens, plan.n_look_ups, policy_name, self._clock)
         self.samples.index.append(sample)
         self._say(f"index of {sample.n_blocks:,} blocks: {shown(sample.bytes_per_block)} bytes a block")
+
+    def _scan(self) -> None:
+        plan, directory = self._plan, self._servers.directory("scan")
+        for sample in measure_scan(directory, plan.scan_blocks, plan.n_scans, self._clock, whole=not plan.quick):
+            self.samples.scans.append(sample)
+            self._say(f"{sample.n_blocks:,} blocks on disk found in {shown(sample.ms)} ms")
 
 
 async def _ask_all(connection: Connection, asks: list[Ask]) -> int:

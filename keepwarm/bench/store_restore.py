@@ -32,7 +32,7 @@ from keepwarm.engine.model import LoadFault, ModelFault, Prepared
 from keepwarm.engine.prefix import root_key
 from keepwarm.engine.reading import THREADS
 from keepwarm.engine.selftest import fill, layout_of, same, sample_tokens
-from keepwarm.engine.store import PrefixStore, slot_bytes
+from keepwarm.engine.store import BYTES_AHEAD, PrefixStore, slot_bytes
 from keepwarm.engine.tiers import HostTier, TierFault, TierFull
 from keepwarm.engine.worker import prepare_scripted
 
@@ -92,7 +92,6 @@ class Restores:
         self._stored, self._asked = Prompt(PIN, tokens[: self._n_tokens]), Prompt(PIN, tokens)
         self._slot_bytes = slot_bytes(self._layout)
         self._budget = SPARE * self._slot_bytes * max(1, self._n_tokens // BLOCK_TOKENS)
-        self._used = self._host()
 
     def run(self) -> Iterator[RestoreSample]:
         """Store the prefix, then measure every way in every round, beginning with another one each time."""
@@ -100,7 +99,6 @@ class Restores:
         self._write()
         n_file = write_joined(sorted(self._root.glob("store/blocks/*")), self._sequential)
         assert n_file > self._n_tokens * self._layout.cell_bytes
-        self._read(self._used)  # its slots are used from now on
         for number in range(self._question.n_rounds):
             turn = number % len(WAYS)
             for way in WAYS[turn:] + WAYS[:turn]:
@@ -157,9 +155,11 @@ class Restores:
                 self._drop()
                 return read_sequentially(self._sequential, self._clock, direct=way == "sequential_direct")
             case "read":
+                host = self._host()
+                host.populate(BYTES_AHEAD)
+                return self._read(host)
+            case "read_untouched":
                 return self._read(self._host())
-            case "read_used":
-                return self._read(self._used)
             case "restore":
                 return self._restore()
 
@@ -186,6 +186,7 @@ class Restores:
         model = self._model
         model.forget(0, 0, -1)
         with self._opened() as store:
+            store.prepare_host()
             self._drop()  # reading the index has brought the files' heads into the cache
             begin = self._clock.monotonic()
             held = store.hold(self._asked, want_logits=True)

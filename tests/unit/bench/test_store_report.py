@@ -9,6 +9,7 @@ from keepwarm.bench.store_report import (
     RestartSample,
     RestoreSample,
     Samples,
+    ScanSample,
     flat_medians,
     ratios,
     tier_read,
@@ -38,11 +39,12 @@ def samples() -> Samples:
             RestoreSample("sequential", 200_000_000, 100.0),
             RestoreSample("sequential_direct", 100_000_000, 100.0),
             RestoreSample("read", 120_000_000, 100.0),
-            RestoreSample("read_used", 180_000_000, 100.0),
+            RestoreSample("read_untouched", 180_000_000, 100.0),
             RestoreSample("restore", 100_000_000, 50.0),
             RestoreSample("restore", 100_000_000, 100.0),
         ],
         index=[IndexSample(20_000, 512.0, 100_000, [5.0, 7.0, 30.0], [1.0, 2.0, 3.0])],
+        scans=[ScanSample(10_000, ms) for ms in (1500.0, 2100.0, 1900.0)],
     )
 
 
@@ -50,7 +52,7 @@ def test_medians_by_name() -> None:
     at = flat_medians(samples())
     assert (at["cold.ttft_ms"], at["first_hit.ttft_ms"], at["later_hit.ttft_ms"]) == (10_000.0, 500.0, 200.0)
     assert (at["first_hit.engine_restore_ms"], at["restart.start_ms"]) == (450.0, 4000.0)
-    assert (at["sequential.gb_per_s"], at["read_used.gb_per_s"], at["restore.gb_per_s"]) == (2.0, 1.8, 1.5)
+    assert (at["sequential.gb_per_s"], at["read_untouched.gb_per_s"], at["restore.gb_per_s"]) == (2.0, 1.8, 1.5)
     assert (at["no_reuse.on_tokens_per_s"], at["index.match_ms"], at["index.use_ms"]) == (400.0, 7.0, 2.0)
 
 
@@ -71,6 +73,7 @@ def test_ratios() -> None:
         "throughput without reuse, of caching off": (98.0, True),
         "index memory a block": (512.0, False),
         "look-up of a long prompt": (7.0, True),
+        "start-up scan of many blocks": (1900.0, True),
     }
 
 
