@@ -19,11 +19,12 @@ from typing import Protocol
 import msgspec
 import uvicorn
 import uvloop
+from blake3 import blake3
 from starlette.applications import Starlette
 
 from keepwarm.cache.objects import Objects
 from keepwarm.cache.render import Templating
-from keepwarm.config import Config, ConfigError
+from keepwarm.config import Config, ConfigError, ModelConfig
 from keepwarm.core.clock import Clock, Ids, RandomIds, SystemClock
 from keepwarm.core.request import Tool
 from keepwarm.dialects import WireBounds
@@ -32,7 +33,11 @@ from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine.local import EngineFault, LocalEngine, open_tokenizer
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.auth import Auth, DevAuth, KeyAuth
+from keepwarm.gateway.breakpoints import Breakpoints
 from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.documents import Documents
+from keepwarm.gateway.history import History
+from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -128,7 +133,8 @@ async def gateway(
     auth = DevAuth() if config.dev else KeyAuth(storage)
     prompts = await _warm_prompts(config, auth)
     is_durable = await asyncio.to_thread(config.disk_bytes) != 0  # once: what is free on the disk changes
-    rendering = Rendering(model.templating, model.to_gbnf, config.limits)
+    templating = model.templating
+    rendering = Rendering(templating, model.to_gbnf, config.limits, Documents())
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, ids, log, tasks)
@@ -136,8 +142,14 @@ async def gateway(
             warming = Warming(objects, rendering, model.engine, warmup, runtime, is_durable=is_durable)
             settling = Settling(config.cache, rendering, model.engine, runtime)
             caching = Caching(config, models, admission, objects, rendering, model.engine, warming, runtime)
-            turns = Turns(config, models, admission, caching, rendering, model.engine, settling, runtime)
-            services = Services(config, auth, models, turns, caching, model.engine, runtime, int(clock.now()))
+            breakpoints = Breakpoints(
+                storage, runtime, root=_root(config.model, templating), tokens_min=config.cache.mark_tokens_min
+            )
+            await breakpoints.load()
+            history = History(templating.decode)
+            lookups = Lookups(config.cache, models, breakpoints, history, template=templating.digest)
+            turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, runtime)
+            services = Services(config, auth, models, turns, caching, lookups, model.engine, runtime, int(clock.now()))
             await warming.recover()
             background = [
                 tasks.create_task(warming.work()),
@@ -155,6 +167,12 @@ async def gateway(
                     task.cancel()
     finally:
         await asyncio.to_thread(rendering.close)
+
+
+def _root(model: ModelConfig, templating: Templating) -> bytes:
+    """Names what a breakpoint's prefix depends on beside its tokens."""
+    parts = (model.name, model.path or "", model.kv_type, templating.digest)
+    return blake3("\x00".join(parts).encode()).digest()
 
 
 async def _warm_prompts(config: Config, auth: Auth) -> tuple[WarmText, ...]:

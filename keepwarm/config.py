@@ -46,6 +46,9 @@ class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
     n_threads: int | None = None  # None: the machine's cores
     thread_wait: Literal["auto", "spin", "sleep"] = "auto"  # how llama.cpp's threads wait for each other
     kv_type: Literal["f16", "bf16", "f32", "q8_0", "q4_0"] = "f16"  # how K and V are kept; others are slow on a CPU
+    normalise: tuple[str, ...] = (
+        "billing-header",
+    )  # what of a prompt's volatile lines is rewritten (docs/normalisers.md)
     engine: Literal["llama", "scripted"] = "llama"
 
 
@@ -57,6 +60,9 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["cost", "lru", "s3fifo"] = "cost"  # what is evicted first (docs/eviction.md)
     tenant_lease_bytes_max: int | None = None  # bytes of all leases of a tenant; None: whatever the disk tier holds
     auto_tokens_min: int = 512  # automatic reuse from this prompt length on, as MiniMax documents it
+    mark_tokens_min: int = (
+        512  # shortest prefix a cache_control breakpoint caches, as Anthropic's newest models have it
+    )
     default_ttl_s: int = 3600  # Kimi's 2025 default; the 2024 edition says a day
     ttl_max_s: int = 86400  # Kimi's page says an hour, its own examples reset to a day
     object_tokens_max: int = 128_000  # Kimi's limit for one cache

@@ -5,7 +5,8 @@ acknowledged survives `kill -9` and a power cut. A call whose awaiter was cancel
 Every transaction begins IMMEDIATE: a read followed by a write can then never fail half-way because another process
 (`keepwarm keys`, `keepwarm caches`) wrote in between. The file is readable by its owner only.
 
-This module knows tables and transactions; what the rows mean is in cache/objects.py and gateway/auth.py.
+This module knows tables and transactions; what the rows mean is in cache/objects.py, gateway/auth.py and
+gateway/breakpoints.py.
 """
 
 import asyncio
@@ -100,6 +101,19 @@ cache_tags = sa.Table(
     sa.Index("cache_tags_tenant_created_at_seq_ix", "tenant", "created_at", "seq"),
     sa.Index("cache_tags_tenant_object_id_ix", "tenant", "object_id"),
     sqlite_autoincrement=True,
+)
+
+breakpoints = sa.Table(
+    "breakpoints",
+    METADATA,
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),  # of the prefix's tokens and all its state depends on
+    sa.Column("n_tokens", sa.Integer, nullable=False),
+    sa.Column("position", sa.Integer, nullable=False),
+    sa.Column("ttl_s", sa.Integer, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+    sa.PrimaryKeyConstraint("tenant", "digest"),
+    sa.Index("breakpoints_expires_at_ix", "expires_at"),
 )
 
 

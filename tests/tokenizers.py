@@ -41,6 +41,9 @@ class ByteTokenizer:
         self.n_bytes += len(raw)
         return raw
 
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
 
 class WordTokenizer(ByteTokenizer):
     """A word with the space before it is one token, so where text ends decides its last tokens, as with a real model."""

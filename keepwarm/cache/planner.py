@@ -11,6 +11,9 @@ by itself or in a tool call, and it was not the first one, or a tool's result is
 from collections.abc import Callable
 from typing import Literal
 
+from msgspec.structs import replace
+
+from keepwarm.cache.breakpoints import Chosen
 from keepwarm.cache.render import Built
 from keepwarm.cache.schema import schema_grammar
 from keepwarm.cache.tools import either, tool_grammar
@@ -54,20 +57,23 @@ def plan_turn(
     *,
     auto_tokens_min: int,
     uses_object: bool,
+    chosen: Chosen | None = None,
 ) -> Plan:
-    """The plan that answers `request`."""
-    cached = uses_object or built.prompt.n_tokens >= auto_tokens_min
-    breakpoints = built.prompt.marks[uses_object:]  # the first mark is the end of the object, if one is in use
-    return Plan(
+    """The plan that answers `request`. `chosen` is what its breakpoints with a lifetime read and write, if it has any."""
+    cached = uses_object or chosen is not None or built.prompt.n_tokens >= auto_tokens_min
+    plan = Plan(
         turn_id,
         built.prompt,
         rules,
         sampling=request.sampling,
         reuse=cached,
         store=cached,
-        write_end=breakpoints[-1] if cached and breakpoints else 0,
         lease_id=lease.lease_id if cached and lease is not None else None,
     )
+    if chosen is not None:
+        return replace(plan, read_end=chosen.read_end, write_end=chosen.write_end, write_long_end=chosen.write_long_end)
+    breakpoints = built.prompt.marks[uses_object:]  # the first mark is the end of the object, if one is in use
+    return replace(plan, write_end=breakpoints[-1] if cached and breakpoints else 0)
 
 
 def plan_object(turn_id: str, obj: CacheObject, built: Built, lease: Lease | None) -> Plan:

@@ -22,7 +22,7 @@ from keepwarm.cache.encode import Encoded, Encoder, Sentinels, Shield, choose_se
 from keepwarm.cache.template import CHATML, ChatTemplate, Json
 from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, json_value, tool_values
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.prompt import Prompt, Tokens, ToolFormat
+from keepwarm.core.prompt import Breakpoint, Prompt, Tokens, ToolFormat
 from keepwarm.core.request import Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from keepwarm.engine import SpecialToken, Tokenizer
 
@@ -40,11 +40,15 @@ CONTINUATIONS = (
 
 
 class Built(Struct, frozen=True):
-    """A rendered request. `tool_format` None: the answer is not read for tool calls."""
+    """A rendered request. `tool_format` None: the answer is not read for tool calls.
+
+    `breakpoints` are the client's, ascending; each one's end is among the prompt's marks.
+    """
 
     prompt: Prompt
     tool_format: ToolFormat | None = None
     reasoning: bool = False
+    breakpoints: tuple[Breakpoint, ...] = ()
 
 
 class Templating:
@@ -55,6 +59,8 @@ class Templating:
         source = tokenizer.chat_template or CHATML
         self._source = source
         self._template = ChatTemplate(source, bos=tokenizer.special_text("bos"), eos=tokenizer.special_text("eos"))
+        self._tokenizer = tokenizer
+        self._special_texts = {special.token: special.text for special in tokenizer.specials}
         self._encoder = Encoder(tokenizer, fragment_cache_bytes=fragment_cache_bytes)
         self._shield = Shield(_shielded(tokenizer))
         self._format = detect_format(source)
@@ -65,6 +71,13 @@ class Templating:
     def digest(self) -> str:
         """Names everything that decides how messages become text, hex."""
         return self._digest
+
+    def decode(self, tokens: Tokens) -> str:
+        """The text of some tokens, control tokens included; a character torn at either end is U+FFFD."""
+        pieces = (
+            self._special_texts.get(token, "").encode() or self._tokenizer.piece(token) for token in tokens.tolist()
+        )
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def build(
         self,
@@ -125,7 +138,7 @@ class Templating:
 
     def _encode(self, tenant: str, messages: Sequence[Message], tools: Sequence[Tool], *, generate: bool) -> Encoded:
         text, sentinels = self._render(messages, tools, generate=generate, marked=False)
-        if any(part.mark for message in messages for part in message.parts):
+        if any(part.mark for message in messages for part in message.texts):
             marked, _ = self._render(messages, tools, generate=generate, marked=True)
             if marked.replace(sentinels.mark, "") == text:
                 text = marked
@@ -236,7 +249,7 @@ def _mark_offsets(message: Message, text: str) -> list[int]:
     """Where the message's breakpoints lie in its text, not in the white space around it: templates trim that."""
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     offsets, at = [], 0
-    for part in message.parts:
+    for part in message.texts:
         at += len(part.text)
         if part.mark:
             offsets.append(min(max(at, first), last))

@@ -166,6 +166,6 @@ def _results_as_user_text(messages: Sequence[Message]) -> Iterator[Message]:
             continue
         parts: list[TextPart] = []
         for result in run:
-            parts += (TextPart("\n<tool_response>\n" if parts else "<tool_response>\n"), *result.parts)
+            parts += (TextPart("\n<tool_response>\n" if parts else "<tool_response>\n"), *result.texts)
             parts.append(TextPart("\n</tool_response>"))
         yield Message("user", tuple(parts))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.errors import ErrorKind
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -17,13 +18,15 @@ class Usage(Struct, frozen=True):
     """The engine's counts in tokens, disjoint: prompt = fresh + cache_read + cache_write.
 
     `cache_read` was restored, `cache_write` evaluated and stored because an object or a breakpoint asked for it, `fresh`
-    evaluated otherwise (automatic storing is not a write). `output` counts sampled tokens, the end token included.
+    evaluated otherwise (automatic storing is not a write). `cache_write_long` is the part of `cache_write` that was asked
+    to stay for an hour (Anthropic's ttl "1h"). `output` counts sampled tokens, the end token included.
     """
 
     fresh: int
     cache_read: int
     cache_write: int
     output: int
+    cache_write_long: int = 0
 
     @property
     def prompt(self) -> int:
@@ -39,11 +42,19 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Started(Struct, frozen=True, tag="started"):
-    """The prompt was looked up and restored; evaluation of the rest begins."""
+    """The prompt was looked up and restored; evaluation of the rest begins.
+
+    `n_found` tokens were stored and could have been read: more than `cache_read` where computing was expected to be faster,
+    or a block was damaged. `usage` is what the prompt comes to if the turn gets to its answer, without output. `lookup`,
+    which the gateway adds, says what the look-up came to.
+    """
 
     n_prompt: int
     cache_read: int
     tier: str | None = None
+    usage: Usage | None = None
+    n_found: int = 0
+    lookup: CacheLookup | None = None
 
 
 class TextDelta(Struct, frozen=True, tag="text"):

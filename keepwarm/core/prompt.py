@@ -28,6 +28,18 @@ class Prompt(Struct, frozen=True):
         return len(self.tokens)
 
 
+class Breakpoint(Struct, frozen=True):
+    """A client's cache breakpoint in the prompt: after the first `end` tokens. `ttl_s` as in `request.Mark`.
+
+    `position` is how many blocks of the request (tools, texts, documents, calls) end there or before; a run of calls or of
+    their results counts as one.
+    """
+
+    end: int
+    ttl_s: int | None
+    position: int
+
+
 class Lease(Struct, frozen=True):
     """Blocks found and locked for a prompt: `n_tokens` are stored and stay so until the lease is given back."""
 
@@ -70,7 +82,9 @@ class Plan(Struct, frozen=True):
 
     `reuse` and `store` allow reading from and writing to the prefix store. `pin_id` names the cache object whose prefix
     (up to the last mark) must stay resident until `Engine.drop(pin_id)`; the turn fails if there is no room for it.
-    Tokens evaluated before position `write_end` count as cache writes: an object being created, or explicit breakpoints.
+    At most `read_end` tokens are read (None: whatever is there). Tokens evaluated before position `write_end` count as
+    cache writes: an object being created, or explicit breakpoints; those before `write_long_end` as writes that were asked
+    to stay for an hour.
     """
 
     turn_id: str
@@ -80,6 +94,8 @@ class Plan(Struct, frozen=True):
     reuse: bool = True
     store: bool = True
     pin_id: str | None = None
+    read_end: int | None = None
     write_end: int = 0
+    write_long_end: int = 0
     lease_id: str | None = None
     priority: Priority = Priority.FOREGROUND

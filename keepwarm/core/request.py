@@ -12,14 +12,38 @@ from msgspec import Struct
 Role = Literal["system", "user", "assistant", "tool"]
 
 
+class Mark(Struct, frozen=True):
+    """A cache breakpoint: OpenAI's prompt_cache_breakpoint, Anthropic's cache_control.
+
+    `ttl_s` is how long the client expects the prefix to stay known, from its last use; None: it was told nothing
+    (OpenAI's), so the breakpoint only says where evaluation is cut.
+    """
+
+    ttl_s: int | None = None
+
+
 class TextPart(Struct, frozen=True, tag="text"):
-    """A run of text. `mark` puts a cache breakpoint after it (OpenAI's prompt_cache_breakpoint, Anthropic's cache_control)."""
+    """A run of text. `mark` puts a cache breakpoint after it."""
 
     text: str
-    mark: bool = False
+    mark: Mark | None = None
 
 
-Part = TextPart  # a closed union: media parts join it when a model can read them
+class DocumentPart(Struct, frozen=True, tag="document"):
+    """A file that came with the request. The gateway puts its text in its place before anything is rendered.
+
+    `param` is where it stood in the body, for errors.
+    """
+
+    media_type: str
+    data: bytes
+    param: str
+    title: str | None = None
+    context: str | None = None
+    mark: Mark | None = None
+
+
+Part = TextPart | DocumentPart  # a closed union: media parts join it when a model can read them
 
 
 class ToolCall(Struct, frozen=True):
@@ -31,7 +55,12 @@ class ToolCall(Struct, frozen=True):
 
 
 class Message(Struct, frozen=True):
-    """One message of the conversation. `partial` (last message only): the answer continues this text."""
+    """One message of the conversation. `partial` (last message only): the answer continues this text.
+
+    `mark` is a cache breakpoint after the whole message, its tool calls included. `reasoning` is what the model thought
+    before this answer, as the client sent it back; a template that knows no such thing leaves it out. `is_error` (tool
+    results): the call failed.
+    """
 
     role: Role
     parts: tuple[Part, ...]
@@ -39,19 +68,30 @@ class Message(Struct, frozen=True):
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     partial: bool = False
+    mark: Mark | None = None
+    reasoning: str | None = None
+    is_error: bool = False
+
+    @property
+    def texts(self) -> tuple[TextPart, ...]:
+        """The parts, once documents are read."""
+        texts = tuple(part for part in self.parts if isinstance(part, TextPart))
+        assert len(texts) == len(self.parts), "a document was not read"
+        return texts
 
     @property
     def text(self) -> str:
         """All text parts as one string."""
-        return "".join(part.text for part in self.parts)
+        return "".join(part.text for part in self.texts)
 
 
 class Tool(Struct, frozen=True):
-    """A function the model may call. `parameters` is its JSON Schema as JSON text."""
+    """A function the model may call. `parameters` is its JSON Schema as JSON text. `mark`: a breakpoint after it."""
 
     name: str
     description: str
     parameters: str
+    mark: Mark | None = None
 
 
 class ToolMode(Enum):
@@ -118,8 +158,10 @@ class CacheUse(Struct, frozen=True):
 class ChatRequest(Struct, frozen=True):
     """One chat request. `model` is the name the client asked for and the one echoed back.
 
-    `max_tokens` None means the configured default, cut to what the window leaves. `top_logprobs` None means no
-    logprobs, 0 the chosen token's only.
+    `max_tokens` None means the configured default, cut to what the window leaves; 0: the prompt is computed and stored,
+    nothing is answered. `top_logprobs` None means no logprobs, 0 the chosen token's only. `thinking` None leaves it to
+    the model's template; True is refused where the model cannot. `compare_with` names an earlier turn of the tenant
+    that the client wants a cache miss explained against.
     """
 
     model: str
@@ -133,3 +175,5 @@ class ChatRequest(Struct, frozen=True):
     top_logprobs: int | None = None
     answer_format: AnswerFormat = AnyText()
     cache: CacheUse | None = None
+    thinking: bool | None = None
+    compare_with: str | None = None

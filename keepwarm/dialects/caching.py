@@ -358,7 +358,7 @@ def _echoed_message(message: Message) -> EchoedMessage:
     )
     return EchoedMessage(
         role=message.role,
-        content=_echoed_content(message.parts),
+        content=_echoed_content(message.texts),
         name=UNSET if message.name is None else message.name,
         tool_calls=calls or UNSET,
         tool_call_id=UNSET if message.tool_call_id is None else message.tool_call_id,

@@ -18,6 +18,7 @@ from keepwarm.core.request import (
     AnyText,
     ChatRequest,
     JsonSchema,
+    Mark,
     Message,
     Role,
     Sampling,
@@ -286,7 +287,7 @@ def _part(part: ContentPart, path: str) -> TextPart:
     mark = part.prompt_cache_breakpoint
     if mark is not None and mark.mode not in (None, "explicit"):
         raise invalid(f"{path}.prompt_cache_breakpoint.mode", f"{quoted(mark.mode)} is not 'explicit'")
-    return TextPart(text, mark=mark is not None)
+    return TextPart(text, mark=None if mark is None else Mark())
 
 
 def _tool_calls(calls: Sequence[AssistantToolCall], i: int) -> tuple[ToolCall, ...]:

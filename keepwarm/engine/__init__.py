@@ -143,3 +143,7 @@ class Tokenizer(Protocol):
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of text without control tokens: a control token's text in it is ordinary text."""
         ...
+
+    def piece(self, token: int) -> bytes:
+        """The token's bytes, b"" for control tokens."""
+        ...

@@ -104,8 +104,17 @@ class Run:
 
     def usage(self) -> Usage:
         """Counts up to now; a turn cut short in prefill is counted for what was done."""
-        written = max(0, min(self.plan.write_end, self.n_evaluated) - self.n_read)
-        return Usage(self.n_evaluated - self.n_read - written, self.n_read, written, self.n_output)
+        return self._usage(self.n_evaluated)
+
+    def prompt_usage(self) -> Usage:
+        """What the prompt comes to once all of it is evaluated."""
+        return self._usage(self.n_prompt)
+
+    def _usage(self, n_evaluated: int) -> Usage:
+        written, long = (
+            max(0, min(end, n_evaluated) - self.n_read) for end in (self.plan.write_end, self.plan.write_long_end)
+        )
+        return Usage(n_evaluated - self.n_read - written, self.n_read, written, self.n_output, min(long, written))
 
     def timings(self) -> Timings:
         parts = (self.queue_s, self.lookup_s, self.restore_s, self.evaluate_s, self.decode_s)
@@ -254,7 +263,9 @@ class EngineCore:
                 self._store.release(held)
         run.restore_s += self._clock.monotonic() - looked_up
         self.counters.restored += run.n_read
-        self._tell(run.plan.turn_id, Started(run.n_prompt, run.n_read, held.tier if held and run.n_read else None))
+        tier = held.tier if held and run.n_read else None
+        n_found = held.n_found if held else 0
+        self._tell(run.plan.turn_id, Started(run.n_prompt, run.n_read, tier, run.prompt_usage(), n_found=n_found))
         run.phase = Phase.PREFILL
         run.chunked = cut_at(run.parts, run.points, run.pos)
         if run.pos == run.n_prompt and not run.plan.output.max_tokens:
@@ -268,7 +279,7 @@ class EngineCore:
             waited, run.held = run.held, None
             return waited
         want_logits = run.plan.output.max_tokens > 0
-        held: Match = self._store.hold(run.prompt, want_logits=want_logits)
+        held: Match = self._store.hold(run.prompt, want_logits=want_logits, end=run.plan.read_end)
         if self._has_company(run) and self._store.n_unread(held) > UNREAD_TOKENS_MAX:
             run.phase, run.held = Phase.WAITING, held
             return None
@@ -280,7 +291,7 @@ class EngineCore:
                 return None
             assert donor.stream is not None
             self._store.save(donor.prompt, donor.n_evaluated, self._model, donor.stream, spend=False, pin=None)
-            held = self._store.hold(run.prompt, want_logits=want_logits)
+            held = self._store.hold(run.prompt, want_logits=want_logits, end=run.plan.read_end)
         return held
 
     def _has_company(self, run: Run) -> bool:
@@ -295,6 +306,7 @@ class EngineCore:
             if other.stream is None or not other.plan.store or other.prompt.tenant != run.prompt.tenant:
                 continue
             n = common_length(other.prompt.tokens, run.prompt.tokens)
+            n = n if run.plan.read_end is None else min(n, run.plan.read_end)
             n = usable(n, run.parts, self._store.granularity, want_logits=want_logits)
             if n > best_n and self._store.n_missing(other.prompt, n):
                 best, best_n = other, n

@@ -34,6 +34,8 @@ LAYOUT = Layout(
     magic=0x6B776D31, version=1, n_stream=8, n_layer=2, k_type=0, k_row=8, v_type=0, v_trans=True, v_rows=4, v_bytes=2
 )
 
+BYTES = 256
+
 
 class ScriptedVocab:
     """Bytes as tokens, and three control tokens (`keepwarm.engine.Tokenizer`)."""
@@ -51,6 +53,9 @@ class ScriptedVocab:
 
     def encode_plain(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < BYTES else b""
 
 
 class ScriptedModel:

@@ -48,6 +48,11 @@ class HeldSnapshot(Struct, frozen=True):
     n_tokens: int
     tier: str | None = None  # where it lay when it was found
 
+    @property
+    def n_found(self) -> int:
+        """A state is read whole or not at all."""
+        return self.n_tokens
+
 
 class SnapshotCounters(Struct):
     """Since the start of the process."""
@@ -113,15 +118,19 @@ class SnapshotStore:
     def _root(self, tenant: str) -> BlockKey:
         return root_key(*self._identity, tenant)
 
-    def hold(self, prompt: Prompt, *, want_logits: bool, uses: bool = True) -> HeldSnapshot:
+    def hold(
+        self, prompt: Prompt, *, want_logits: bool, uses: bool = True, end: int | None = None
+    ) -> HeldSnapshot:  # fmt: skip
         """Find and lock the longest usable snapshot, and begin to read it when it lies on disk alone.
 
-        `uses`: a turn is going to read it, which counts for eviction and admission; without, somebody only looks.
+        `uses`: a turn is going to read it, which counts for eviction and admission; without, somebody only looks. `end`:
+        of no more than this many tokens.
         """
         parts, root = self.pieces(prompt), self._root(prompt.tenant)
         now_s = self._clock.monotonic()
         with self._lock:
-            found = self._index.match(root, prompt.tokens, parts, self.granularity, want_logits=want_logits)
+            known = prompt.tokens if end is None else prompt.tokens[:end]
+            found = self._index.match(root, known, parts, self.granularity, want_logits=want_logits)
             tier = None if found is None else "host" if found.in_ram else "disk"
             if uses:
                 self.counters.hits_host += tier == "host"

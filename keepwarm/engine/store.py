@@ -56,6 +56,7 @@ class Held(Struct, frozen=True):
     parts: tuple[Piece, ...] = ()
     want_logits: bool = True
     tier: str | None = None  # the slowest one it lay in when it was found
+    n_found: int = 0  # tokens that could be read; the rest are faster computed
 
 
 class _Assembled(Struct, frozen=True):
@@ -146,16 +147,18 @@ class PrefixStore:
     def _root(self, tenant: str) -> BlockKey:
         return root_key(*self._identity, tenant)
 
-    def hold(self, prompt: Prompt, *, want_logits: bool, uses: bool = True) -> Held:
+    def hold(self, prompt: Prompt, *, want_logits: bool, uses: bool = True, end: int | None = None) -> Held:
         """Find and lock the longest usable prefix, and begin to read what of it lies on disk alone.
 
-        `uses`: a turn is going to read it, which counts for eviction and admission; without, somebody only looks.
+        `uses`: a turn is going to read it, which counts for eviction and admission; without, somebody only looks. `end`:
+        no more than this many tokens.
         """
         parts = self.pieces(prompt)
         now_s = self._clock.monotonic()
         with self._lock:
             found = self._index.match(self._root(prompt.tenant), prompt.tokens, parts)
-            n_found = usable(found.n_tokens, parts, self.granularity, want_logits=want_logits)
+            n_there = found.n_tokens if end is None else min(found.n_tokens, end)
+            n_found = usable(n_there, parts, self.granularity, want_logits=want_logits)
             n = usable(self._worth(found.nodes, n_found, uses=uses), parts, self.granularity, want_logits=want_logits)
             nodes = tuple(node for node in found.nodes if node.start < n)
             self._index.lock(nodes)
@@ -167,7 +170,7 @@ class PrefixStore:
                 if self._durable:
                     self._durable.admit(nodes)
             self._read_ahead(on_disk)
-        return Held(nodes, n, parts, want_logits, tier)
+        return Held(nodes, n, parts, want_logits, tier, n_found)
 
     def _worth(self, nodes: Sequence[Node], n: int, *, uses: bool) -> int:
         """How many of the n found tokens to read. A leased prefix is read in any case: that is what was promised."""

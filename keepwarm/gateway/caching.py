@@ -11,11 +11,12 @@ from keepwarm.cache.objects import Objects
 from keepwarm.config import Config
 from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import CacheUse
+from keepwarm.core.request import ChatRequest
 from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.lifetime import expiry
 from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.object_use import ObjectUse, use_object
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.warming import Warming
@@ -139,16 +140,22 @@ class Caching:
         """An unknown tag is no error."""
         await self._objects.unbind(tenant, name)
 
-    async def find(self, tenant: str, use: CacheUse) -> CacheObject | None:
-        """The object a request names, by id or tag, whatever its status."""
-        if use.tag is not None:
-            return await self._objects.by_tag(tenant, use.tag)
-        assert use.object_id is not None
-        return await self._objects.get(tenant, use.object_id)
+    async def applied(self, tenant: str, request: ChatRequest) -> ObjectUse:
+        """The request with the messages of the cache object it names, by id or tag.
 
-    def check_ttl(self, ttl_s: int | None) -> None:
-        """Raises ApiError(INVALID_REQUEST) when a request asks for a lifetime it cannot have."""
-        expiry(self._config, self._clock.now(), expires_at=None, ttl_s=ttl_s, param="reset_ttl")
+        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST for a lifetime it cannot have, and as `use_object`.
+        """
+        served, use = self._models.resolve(request.model), request.cache
+        if use is None:
+            return ObjectUse(request)
+        expiry(self._config, self._clock.now(), expires_at=None, ttl_s=use.reset_ttl_s, param="reset_ttl")
+        if use.tag is not None:
+            found = await self._objects.by_tag(tenant, use.tag)
+        else:
+            assert use.object_id is not None
+            found = await self._objects.get(tenant, use.object_id)
+        same_model = found is not None and self._models.means(found.model, served)
+        return use_object(request, use, found, same_model=same_model, now=self._clock.now())
 
     def note_use(self, obj: CacheObject) -> None:
         """A turn has used the object: after a restart of the engine it comes before those that nobody asks for."""

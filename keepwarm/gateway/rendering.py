@@ -15,6 +15,7 @@ from keepwarm.cache.render import Built, Templating
 from keepwarm.config import Limits
 from keepwarm.core.prompt import OutputRules
 from keepwarm.core.request import ChatRequest, JsonSchema, Message, Tool, ToolChoice
+from keepwarm.gateway.documents import Documents
 
 INLINE_CHARS_MAX = 16_384  # some 4,000 tokens: a few milliseconds when nothing of it is known
 T = TypeVar("T")
@@ -23,13 +24,25 @@ T = TypeVar("T")
 class Rendering:
     """The gateway's way to `Templating`."""
 
-    def __init__(self, templating: Templating, to_gbnf: Callable[[str], str], limits: Limits) -> None:
+    def __init__(
+        self, templating: Templating, to_gbnf: Callable[[str], str], limits: Limits, documents: Documents
+    ) -> None:
         """`to_gbnf` turns a JSON Schema into a grammar, or raises ValueError."""
+        self._documents = documents
         self._templating = templating
         self._to_gbnf = to_gbnf
         self._limits = limits
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rendering")
         self._n_running = 0  # on the thread or waiting for it
+
+    @property
+    def digest(self) -> str:
+        """See `Templating.digest`."""
+        return self._templating.digest
+
+    async def with_documents(self, request: ChatRequest) -> ChatRequest:
+        """See `Documents.read`."""
+        return await self._documents.read(request)
 
     async def request(
         self, tenant: str, request: ChatRequest, object_tokens: int | None, n_ctx: int
@@ -95,6 +108,6 @@ class Rendering:
 
 
 def _n_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    n_chars = sum(len(part.text) for message in messages for part in message.parts)
+    n_chars = sum(len(part.text) for message in messages for part in message.texts)
     n_chars += sum(len(call.arguments) for message in messages for call in message.tool_calls)
     return n_chars + sum(len(tool.parameters) + len(tool.description) for tool in tools)

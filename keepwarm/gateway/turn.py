@@ -1,6 +1,7 @@
 """The story of one turn, from an authenticated request to its one terminal event:
 
-    admission permit → cache object → render → engine.lease → planner → engine.run(plan) → events
+    admission permit → cache object → normalise, read documents → render → breakpoints → engine.lease → planner
+                     → engine.run(plan) → events
 
 Every step that takes something is a context manager, so all of it is back before the reader sees the terminal event,
 and on error, cancellation and timeout just the same. The reader and the turn are separate tasks: a slow or vanished
@@ -9,13 +10,15 @@ client never holds the engine. Non-streamed answers are the same events, collect
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
+from keepwarm.cache.normalise import normalise
 from keepwarm.cache.planner import plan_turn
 from keepwarm.cache.render import Built
 from keepwarm.config import Config
+from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, Usage
@@ -24,8 +27,8 @@ from keepwarm.core.request import ChatRequest
 from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.caching import Caching
-from keepwarm.gateway.models import ServedModels
-from keepwarm.gateway.object_use import use_object
+from keepwarm.gateway.history import TurnRecord
+from keepwarm.gateway.lookups import Look, Lookups
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -47,15 +50,29 @@ class RunFailed(Exception):
 class Turn:
     """One request and its answer, as its reader sees it: `begin`, then `batch` until `terminal` is there."""
 
-    def __init__(self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, events_max: int) -> None:
+    def __init__(
+        self,
+        turn_id: str,
+        tenant: str,
+        request: ChatRequest,
+        phases: Phases,
+        events_max: int,
+        *,
+        dialect: str,
+        began_at: float,
+    ) -> None:
         self.turn_id = turn_id
         self.tenant = tenant
         self.request = request
+        self.dialect = dialect
+        self.began_at = began_at
         self.phases = phases
         self.stream = EventStream(events_max)
         self.object: CacheObject | None = None  # the cache object in use, if one applies
         self.object_status: ObjectStatus | None = None  # when the turn began
         self.n_tokens_saved = 0  # of the object, by this turn
+        self.rewritten: tuple[str, ...] = ()  # what normalisers changed
+        self.lookup: CacheLookup | None = None  # once it has started
         self.answer = AnswerText()
         self._task: asyncio.Task[None] | None = None
         self._cause = ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
@@ -73,8 +90,10 @@ class Turn:
 
     def take(self, event: Event) -> None:
         """Pass an event of the answer on to the reader. Raises ApiError(TIMEOUT) when that one is too far behind."""
-        if isinstance(event, Started) and self.object is not None:
-            self.n_tokens_saved = min(event.cache_read, self.object.n_tokens)
+        if isinstance(event, Started):
+            self.lookup = event.lookup
+            if self.object is not None:
+                self.n_tokens_saved = min(event.cache_read, self.object.n_tokens)
         self.answer.feed(event)
         self.stream.emit(event)
 
@@ -88,21 +107,21 @@ class Turns:
     def __init__(
         self,
         config: Config,
-        models: ServedModels,
         admission: Admission,
         caching: Caching,
         rendering: Rendering,
         engine: Engine,
         settling: Settling,
+        lookups: Lookups,
         runtime: Runtime,
     ) -> None:
         self._config = config
-        self._models = models
         self._admission = admission
         self._caching = caching
         self._rendering = rendering
         self._engine = engine
         self._settling = settling
+        self._lookups = lookups
         self._clock = runtime.clock
         self._tasks = runtime.tasks
         self._log = runtime.log
@@ -110,11 +129,21 @@ class Turns:
         self._stopping: ApiError | None = None
 
     @asynccontextmanager
-    async def open(self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases) -> AsyncIterator[Turn]:
+    async def open(
+        self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, *, dialect: str
+    ) -> AsyncIterator[Turn]:
         """Run a turn while the context lasts. Leaving it early cancels the turn and waits until it has given all back."""
         if self._stopping is not None:
             raise self._stopping
-        turn = Turn(turn_id, tenant, request, phases, self._config.limits.event_queue_max)
+        turn = Turn(
+            turn_id,
+            tenant,
+            request,
+            phases,
+            self._config.limits.event_queue_max,
+            dialect=dialect,
+            began_at=self._clock.now(),
+        )
         task = self._tasks.create_task(self._run(turn))
         turn.start(task)
         self._open.add(turn)
@@ -139,9 +168,9 @@ class Turns:
 
     async def count_tokens(self, tenant: str, request: ChatRequest, phases: Phases) -> int:
         """Length in tokens of the prompt such a request has. Raises ApiError as a turn would before it runs."""
-        turn = Turn("", tenant, request, phases, events_max=1)
+        turn = Turn("", tenant, request, phases, events_max=1, dialect="", began_at=self._clock.now())
         with self._admission.enter(tenant):
-            request = await self._with_object(turn)
+            request = await self._prepared(turn)
             with phases.measure("render"):
                 built = await self._rendering.build(
                     tenant, request.messages, request.tools, request.tool_choice, object_tokens=None
@@ -151,65 +180,93 @@ class Turns:
     async def _run(self, turn: Turn) -> None:
         """The turn's task: the story, and its one terminal event however it ends."""
         turn_s_max = self._config.limits.turn_s_max
+        self._note(turn, "running")
         try:
             async with asyncio.timeout(turn_s_max):
                 finished = await self._story(turn)
+            self._note(turn, "finished", finished.usage)
             turn.stream.emit(finished)
         except RunFailed as failed:
-            turn.stream.fail(failed.error, failed.usage)
+            self._fail(turn, failed.error, failed.usage)
         except ApiError as error:
-            turn.stream.fail(error)
+            self._fail(turn, error)
         except TimeoutError:
-            turn.stream.fail(ApiError(ErrorKind.TIMEOUT, f"the turn took longer than {turn_s_max:g} s"))
+            self._fail(turn, ApiError(ErrorKind.TIMEOUT, f"the turn took longer than {turn_s_max:g} s"))
         except Exception as exc:  # noqa: BLE001 - the turn boundary: whatever it was, the client gets a terminal event
             self._log.error("turn failed", turn_id=turn.turn_id, error=type(exc).__name__, where=where(exc))
-            turn.stream.fail(internal_error())
+            self._fail(turn, internal_error())
+
+    def _fail(self, turn: Turn, error: ApiError, usage: Usage | None = None) -> None:
+        self._note(turn, error.kind.value, usage)
+        turn.stream.fail(error, usage)
 
     async def _story(self, turn: Turn) -> Finished:
         with self._admission.enter(turn.tenant, turn.request.n):
             n_ctx = ready_model(self._engine).n_ctx
-            request = await self._with_object(turn)
+            request = await self._prepared(turn)
             if request.cache is not None and request.cache.dry_run:
                 return _dry_run(turn)
             with turn.phases.measure("render"):
                 object_tokens = turn.object.n_tokens if turn.object is not None else None
                 built, rules = await self._rendering.request(turn.tenant, request, object_tokens, n_ctx)
-            finished = await self._answer(turn, request, built, rules)
+            if request.thinking and not built.reasoning:
+                message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
+                raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
+            look = self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object)
+            finished = await self._answer(turn, request, built, rules, look)
+            self._lookups.end(look)
             await self._renew_object(turn)
         self._offer_settling(turn, request)
         return finished
 
+    async def _prepared(self, turn: Turn) -> ChatRequest:
+        """The request as it is rendered: with its cache object's messages, volatile lines rewritten, documents read."""
+        request, turn.rewritten = normalise(await self._with_object(turn), self._config.model.normalise)
+        return await self._rendering.with_documents(request)
+
     async def _with_object(self, turn: Turn) -> ChatRequest:
         """The request with the messages of the cache object it names; the turn notes the object if it applies."""
-        request, use = turn.request, turn.request.cache
-        served = self._models.resolve(request.model)
-        if use is None:
-            return request
-        with turn.phases.measure("objects"):
-            self._caching.check_ttl(use.reset_ttl_s)
-            found = await self._caching.find(turn.tenant, use)
-            same_model = found is not None and self._models.means(found.model, served)
-            used = use_object(request, use, found, same_model=same_model, now=self._clock.now())
+        measured = turn.phases.measure("objects") if turn.request.cache is not None else nullcontext()
+        with measured:
+            used = await self._caching.applied(turn.tenant, turn.request)
         turn.object, turn.object_status = used.object, used.status
         return used.request
 
-    async def _answer(self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules) -> Finished:
+    def _note(self, turn: Turn, status: str, usage: Usage | None = None) -> None:
+        self._lookups.note(
+            turn.tenant,
+            TurnRecord(
+                id=turn.turn_id,
+                dialect=turn.dialect,
+                model=turn.request.model,
+                at=turn.began_at,
+                status=status,
+                usage=usage,
+                lookup=turn.lookup,
+                rewritten=turn.rewritten,
+            ),
+        )
+
+    async def _answer(
+        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, look: Look
+    ) -> Finished:  # fmt: skip
         """All choices at once: the engine computes what they share once, and the others wait for it."""
         choices = Choices(request.n)
         if request.n == 1:
-            await self._run_choice(turn, request, built, rules, choices, 0)
+            await self._run_choice(turn, request, built, rules, look, choices, 0)
             return choices.finished()
         try:
             async with asyncio.TaskGroup() as runs:
                 for choice in range(request.n):
-                    runs.create_task(self._run_choice(turn, request, built, rules, choices, choice))
+                    runs.create_task(self._run_choice(turn, request, built, rules, look, choices, choice))
         except BaseExceptionGroup as group:
             raise _first(group) from group
         return choices.finished()
 
     async def _run_choice(
-        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, choices: Choices, choice: int
-    ) -> None:
+        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, look: Look, choices: Choices,
+        choice: int,
+    ) -> None:  # fmt: skip
         run_id, request = _choice_of(turn, request, choice)
         async with AsyncExitStack() as held:
             with turn.phases.measure("lease"):
@@ -222,13 +279,14 @@ class Turns:
                 lease,
                 auto_tokens_min=self._config.cache.auto_tokens_min,
                 uses_object=turn.object is not None,
+                chosen=look.chosen,
             )
             events = await held.enter_async_context(closing(self._engine.run(plan)))
             async for event in events:
                 if isinstance(event, Failed):
                     raise RunFailed(event)
                 for merged in choices.feed(choice, event):
-                    turn.take(merged)
+                    turn.take(self._lookups.told(look, merged) if isinstance(merged, Started) else merged)
                 if isinstance(event, Finished):
                     return
         raise AssertionError("the engine ended a run without a terminal event")

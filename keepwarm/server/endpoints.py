@@ -13,6 +13,7 @@ from msgspec.structs import asdict, replace
 
 from keepwarm import __version__
 from keepwarm.config import Config
+from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import Page
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Finished
@@ -23,6 +24,8 @@ from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine import Engine, EngineState, EngineStatus, StoreStatus
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.history import RECORDS_MAX
+from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.turn import Turn, Turns
@@ -30,6 +33,7 @@ from keepwarm.gateway.window import served_model
 from keepwarm.server.exchange import KEEPALIVE, Exchange, Headers, encoded
 
 QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
+CACHE_HEADER = "x-keepwarm-cache"  # on every answer of a turn
 TIMINGS_HEADER = "x-keepwarm-timings"  # "1" asks for the milliseconds of every phase with the answer
 
 Call = Callable[[Exchange], Awaitable[None]]
@@ -53,6 +57,7 @@ class Services:
     models: ServedModels
     turns: Turns
     caching: Caching
+    lookups: Lookups
     engine: RestartableEngine
     runtime: Runtime
     created_at: int  # unix seconds; what the models list gives as the models' time of creation
@@ -75,7 +80,9 @@ class ChatCalls:
         identity = Identity(exchange.turn_id, int(services.runtime.clock.now()))
         renderer = self._dialect.renderer(parsed, identity)
         async with (
-            services.turns.open(exchange.turn_id, exchange.tenant, parsed.request, exchange.phases) as turn,
+            services.turns.open(
+                exchange.turn_id, exchange.tenant, parsed.request, exchange.phases, dialect=self._dialect.name
+            ) as turn,
             _cancelled_on_disconnect(exchange, turn, services.runtime.tasks),
         ):
             try:
@@ -116,13 +123,13 @@ class ChatCalls:
         await exchange.reply(renderer.whole(), headers=headers)
 
     def _cache_headers(self, turn: Turn) -> Headers:
-        """What the dialect tells of the cache object that the turn read from."""
-        if turn.object is None or not turn.n_tokens_saved:
-            return ()
-        now = int(self._services.runtime.clock.now())
-        return self._dialect.reply_headers(
-            CacheReport(turn.object.id, turn.object.expires_at, now, turn.n_tokens_saved)
-        )
+        """What the look-up came to, and what the dialect tells of the cache object that the turn read from."""
+        headers = [] if turn.lookup is None else [(CACHE_HEADER, cache_header(turn.lookup))]
+        if turn.object is not None and turn.n_tokens_saved:
+            now = int(self._services.runtime.clock.now())
+            report = CacheReport(turn.object.id, turn.object.expires_at, now, turn.n_tokens_saved)
+            headers += self._dialect.reply_headers(report)
+        return headers
 
     async def models(self, exchange: Exchange) -> None:
         """GET /models."""
@@ -261,6 +268,15 @@ class OperatorCalls:
         reply = StoreReply(status.state, status.epoch, status.detail, status.store)
         await exchange.reply(self._encoder.encode(reply))
 
+    async def turn(self, exchange: Exchange) -> None:
+        """GET /admin/turns/{id}: a recent turn of the key's own tenant, and why it missed."""
+        turn_id = exchange.path_params["turn_id"]
+        record = self._services.lookups.turn(exchange.tenant, turn_id)
+        if record is None:
+            message = f"no turn {turn_id[:100]!r} is remembered; the last {RECORDS_MAX:,} of all tenants are"
+            raise ApiError(ErrorKind.UNKNOWN_ROUTE, message)
+        await exchange.reply(self._encoder.encode(record))
+
     async def restart_engine(self, exchange: Exchange) -> None:
         """POST /admin/engine/restart: ends the engine's process, as a crash would (only with --dev)."""
         self._services.engine.restart()
@@ -280,6 +296,16 @@ async def _cancelled_on_disconnect(exchange: Exchange, turn: Turn, tasks: asynci
         yield
     finally:
         watcher.cancel()
+
+
+def cache_header(lookup: CacheLookup) -> str:
+    """The value of X-Keepwarm-Cache: "partial; read=512; tier=disk; cause=messages_changed"."""
+    fields = [lookup.outcome, f"read={lookup.n_read}"]
+    if lookup.tier is not None:
+        fields.append(f"tier={lookup.tier}")
+    if lookup.cause is not None:
+        fields.append(f"cause={lookup.cause.value}")
+    return "; ".join(fields)
 
 
 def _log_outcome(exchange: Exchange, turn: Turn) -> None:

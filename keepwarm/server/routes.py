@@ -46,6 +46,7 @@ from keepwarm.dialects.openai_error import ErrorBody
 from keepwarm.dialects.openai_model import ModelItem, ModelList
 from keepwarm.dialects.openai_request import ChatCompletionRequest
 from keepwarm.dialects.openapi import Param, Route, openapi
+from keepwarm.gateway.history import TurnRecord
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.stream import internal_error
 from keepwarm.server.endpoints import (
@@ -171,7 +172,12 @@ def operator_entries_of(services: Services) -> list[Entry]:
     calls = OperatorCalls(services)
     health = Route("GET", "/health", "200 when turns are served, 503 before", response=Health, needs_key=False)
     store = Route("GET", "/admin/store", "What the prefix store holds, in counts and bytes", response=StoreReply)
-    entries: list[Entry] = [(_tagged("operation", health), calls.health), (_tagged("operation", store), calls.store)]
+    turn = Route("GET", "/admin/turns/{turn_id}", "A recent turn, and why it missed the cache", response=TurnRecord)
+    entries: list[Entry] = [
+        (_tagged("operation", health), calls.health),
+        (_tagged("operation", store), calls.store),
+        (_tagged("operation", turn), calls.turn),
+    ]
     if services.config.dev:
         restart = Route("POST", "/admin/engine/restart", "End the engine's process (--dev only)")
         entries.append((_tagged("operation", restart), calls.restart_engine))

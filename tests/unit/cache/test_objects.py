@@ -8,12 +8,12 @@ import sqlalchemy as sa
 from keepwarm.cache.objects import Objects, after
 from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import Message, TextPart, Tool, ToolCall
+from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall
 from keepwarm.storage import Storage, cache_objects, cache_tags, database_path
 
 ALICE, BOB = "alice", "bob"
 MESSAGES = (
-    Message("system", (TextPart("Be brief."), TextPart("\u2028 “quoted” \\ \x00 🦙", mark=True))),
+    Message("system", (TextPart("Be brief."), TextPart("\u2028 “quoted” \\ \x00 🦙", mark=Mark()))),
     Message("assistant", (), tool_calls=(ToolCall("CodeRunner:0", "CodeRunner", '{"a": 1.0,\n"b": [] }'),)),
     Message("tool", (TextPart("1"),), name="CodeRunner", tool_call_id="CodeRunner:0"),
 )

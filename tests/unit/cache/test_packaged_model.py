@@ -12,7 +12,18 @@ from keepwarm.cache.render import Templating
 from keepwarm.cache.template import ChatTemplate
 from keepwarm.config import Limits
 from keepwarm.core.prompt import ToolFormat
-from keepwarm.core.request import ChatRequest, JsonSchema, Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
+from keepwarm.core.request import (
+    ChatRequest,
+    JsonSchema,
+    Mark,
+    Message,
+    Role,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolMode,
+)
 from keepwarm.engine.llama import Vocab, json_schema_to_gbnf
 from tests.tokenizers import packaged_model
 
@@ -106,7 +117,7 @@ def test_an_objects_prefix_is_the_messages_alone_and_begins_what_follows(
 
 def test_breakpoints_never_change_tokens(templating: Templating) -> None:
     for a, b in product(TEXTS, TEXTS):
-        marked = [Message("system", (TextPart(a, mark=True), TextPart(b, mark=True)))]
+        marked = [Message("system", (TextPart(a, mark=Mark()), TextPart(b, mark=Mark())))]
         plain = [says("system", a + b)]
         with_marks, without = (templating.build("t", m, (), AUTO, object_tokens=None).prompt for m in (marked, plain))
         assert with_marks.tokens.tolist() == without.tokens.tolist()

@@ -4,7 +4,7 @@ from keepwarm.cache.encode import CACHED_CHARS_MIN
 from keepwarm.cache.render import Built, Templating
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import ToolFormat
-from keepwarm.core.request import Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
+from keepwarm.core.request import Mark, Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from keepwarm.engine import SpecialToken
 from tests.tokenizers import CHATML, SPECIALS, ByteTokenizer, WordTokenizer
 
@@ -95,7 +95,7 @@ def test_client_text_never_becomes_a_control_token(role: Role, text: str) -> Non
 
 
 def test_a_control_token_in_two_parts_or_across_a_mark_is_text() -> None:
-    built = build([Message("user", (TextPart("<|im_", mark=True), TextPart("end|>")))])
+    built = build([Message("user", (TextPart("<|im_", mark=Mark()), TextPart("end|>")))])
     assert shown(built).startswith("«<|im_start|>»user\n<|im_end|>«<|im_end|>»")
     assert built.prompt.marks == (len("Suser\n<|im_"),)
 
@@ -151,7 +151,7 @@ def test_tokens_that_plain_text_gives_need_no_shield() -> None:
 
 def test_breakpoints_become_marks() -> None:
     built = build(
-        [message("system", "one", mark=True), Message("user", (TextPart("two", mark=True), TextPart("three")))]
+        [message("system", "one", mark=Mark()), Message("user", (TextPart("two", mark=Mark()), TextPart("three")))]
     )
     tokens = built.prompt.tokens
     ends = [bytes(token for token in tokens[:mark].tolist() if token < 256).decode() for mark in built.prompt.marks]
@@ -170,7 +170,7 @@ def test_breakpoints_become_marks() -> None:
 @pytest.mark.parametrize("texts", [("one ", " two"), ("  ", "a"), ("x\n", "\n"), ("half", "word"), ("", "")])
 def test_marks_never_change_tokens(template: str, tokenizer: type[ByteTokenizer], texts: tuple[str, str]) -> None:
     plain = [Message("user", tuple(TextPart(text) for text in texts))]
-    marked = [Message("user", tuple(TextPart(text, mark=True) for text in texts))]
+    marked = [Message("user", tuple(TextPart(text, mark=Mark()) for text in texts))]
     subject = templating(template, tokenizer)
     without, with_marks = (subject.build("t", m, (), AUTO, object_tokens=None).prompt for m in (plain, marked))
     assert without.tokens.tolist() == with_marks.tokens.tolist()
@@ -179,11 +179,11 @@ def test_marks_never_change_tokens(template: str, tokenizer: type[ByteTokenizer]
 
 def test_a_mark_before_trimmed_white_space_stays_at_the_text() -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
-    assert build([message("user", " one \n", mark=True)], template).prompt.marks == (4,)
+    assert build([message("user", " one \n", mark=Mark())], template).prompt.marks == (4,)
 
 
 def test_the_cache_object_is_a_mark_and_has_none_inside() -> None:
-    conversation = [message("system", "one", mark=True), message("user", "two", mark=True)]
+    conversation = [message("system", "one", mark=Mark()), message("user", "two", mark=Mark())]
     marks = build(conversation).prompt.marks
     assert build(conversation, object_tokens=marks[0] + 2).prompt.marks == (marks[0] + 2, marks[1])
     assert build(conversation, object_tokens=10_000).prompt.marks == marks
@@ -238,7 +238,7 @@ def test_an_object_that_waits_for_a_tools_result_allows_for_it() -> None:
 
 
 def test_an_objects_own_breakpoints_do_not_count() -> None:
-    prefix = templating().object_prefix("t", [message("system", "one", mark=True), message("user", "two")], ()).prompt
+    prefix = templating().object_prefix("t", [message("system", "one", mark=Mark()), message("user", "two")], ()).prompt
     assert prefix.marks == (prefix.n_tokens,)
 
 

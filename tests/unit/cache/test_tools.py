@@ -6,7 +6,7 @@ from blake3 import blake3
 from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, either, json_value, tool_grammar, tool_values
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import ToolFormat
-from keepwarm.core.request import Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
+from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 
 WEATHER = Tool("get_weather", "Weather of a city", '{"type": "object",\n "properties": {"city": {"type": "string"}}}')
 CLOCK = Tool("now", "", "{}")
@@ -85,8 +85,8 @@ def test_without_tools_nothing_is_added() -> None:
 
 
 def test_breakpoints_survive() -> None:
-    marked = Message("system", (TextPart("one", mark=True),))
-    assert as_text([marked], [WEATHER])[0].parts[0] == TextPart("one", mark=True)
+    marked = Message("system", (TextPart("one", mark=Mark()),))
+    assert as_text([marked], [WEATHER])[0].parts[0] == TextPart("one", mark=Mark())
 
 
 def test_calls_and_results_are_text() -> None:
@@ -95,7 +95,7 @@ def test_calls_and_results_are_text() -> None:
         says("user", "Weather?"),
         says("assistant", "Let me see.", tool_calls=calls),
         says("tool", "17 °C", tool_call_id="1"),
-        Message("tool", (TextPart("noon", mark=True),), tool_call_id="2"),
+        Message("tool", (TextPart("noon", mark=Mark()),), tool_call_id="2"),
         says("assistant", "", tool_calls=calls[:1]),
         says("tool", "18 °C", tool_call_id="1"),
     ]
@@ -108,7 +108,7 @@ def test_calls_and_results_are_text() -> None:
         "user",
         "<tool_response>\n17 °C\n</tool_response>\n<tool_response>\nnoon\n</tool_response>",
     )
-    assert TextPart("noon", mark=True) in results.parts
+    assert TextPart("noon", mark=Mark()) in results.parts
     assert again == says("assistant", first)
     assert (result.role, result.text) == ("user", "<tool_response>\n18 °C\n</tool_response>")
 
