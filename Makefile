@@ -10,6 +10,9 @@ CXX_FOUND := $(shell for c in "$(CXX)" c++ g++ clang++; do command -v "$$c" 2>/d
 # The exact pin is part of the stamp's name: another version is another stamp.
 LLAMA := $(shell sed -n 's/.*"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
 
+# Two versions of one SDK cannot be in one environment; the tests run both.
+OLD_SDK := anthropic-0.75.0
+
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CRASH_ARGS ?=
@@ -24,7 +27,7 @@ help: ## this list
 demo: $(STAMPS)/demo ## install what is needed and run the demonstration
 	@$(BIN)/keepwarm demo
 
-test: $(STAMPS)/test ## run all tests (PYTEST_ARGS="-k name" for some)
+test: $(STAMPS)/test $(STAMPS)/$(OLD_SDK) ## run all tests (PYTEST_ARGS="-k name" for some)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMPS)/check ## format, lint, types and import contracts, changing nothing
@@ -87,6 +90,12 @@ $(STAMPS)/test: pyproject.toml $(STAMPS)/$(LLAMA)
 	@echo "installing keepwarm[demo,test]"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[demo,test]"
 	@touch $@ $(STAMPS)/demo
+
+$(STAMPS)/$(OLD_SDK): | $(STAMPS)/venv
+	@echo "installing $(OLD_SDK) in an environment of its own"
+	@$(BIN)/python -m venv --clear $(VENV)/$(OLD_SDK)
+	@$(VENV)/$(OLD_SDK)/bin/python -m pip install -q --disable-pip-version-check "$(subst -,==,$(OLD_SDK))"
+	@touch $@
 
 $(STAMPS)/check: pyproject.toml $(STAMPS)/$(LLAMA)
 	@echo "installing keepwarm[demo,test,check]"
