@@ -37,10 +37,11 @@ GONE = "this block is gone"
 
 def pack(tokens: Tokens) -> bytes:
     """Token ids, 0..2**24 - 1, as bytes that sort as the ids do."""
-    assert not (tokens >> 8 * TOKEN_BYTES).any(), "a token id outside 0..2**24 - 1"
-    packed = np.empty((len(tokens), TOKEN_BYTES), np.uint8)
+    assert not int(np.bitwise_or.reduce(tokens)) >> 8 * TOKEN_BYTES, "a token id outside 0..2**24 - 1"
+    wide = tokens.astype(">i4").view(np.uint8)
+    packed = np.empty(TOKEN_BYTES * len(tokens), np.uint8)
     for i in range(TOKEN_BYTES):
-        packed[:, i] = tokens >> 8 * (TOKEN_BYTES - 1 - i)
+        packed[i::TOKEN_BYTES] = wide[i + 1 :: 4]
     return packed.tobytes()
 
 
@@ -55,7 +56,7 @@ class Node(Struct, frozen=True, gc=False):
     """One stored block, as long as it is in the index. `slot` is its place in the host tier (-1: none), `disk_bytes` what
     it takes on disk (0: nothing). A root is one, too, without tokens.
 
-    Reads the table it is of; two handles of one block are equal.
+    Two handles of one block are equal. What is read of every block of every turn saves itself a call.
     """
 
     id: int
@@ -298,7 +299,10 @@ class NodeTable:
 
     def shorter(self, id_: int) -> int:
         """The open sibling before it whose tokens it begins with, or NONE."""
-        packed, siblings = self.packed(id_), self.children(self.parents[id_])
+        siblings = self.children(self.parents[id_])
+        if len(siblings) == 1:
+            return NONE
+        packed = self.packed(id_)
         i = bisect_left(siblings, packed, key=self.packed)
         before = (siblings[j] for j in range(i - 1, -1, -1))
         child = next((child for child in before if not self.is_closed(child)), NONE)

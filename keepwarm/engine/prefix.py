@@ -75,12 +75,6 @@ class DoubleInsert(Exception):
     """Our bug: a block was added where one stands."""
 
 
-def _blocks(tokens: Tokens, wanted: Sequence[Missing]) -> list[tuple[bytes, bool]]:
-    """The packed tokens of each of these blocks, which follow each other from the start, and whether it is closed."""
-    packed = pack(tokens[: wanted[-1].end if wanted else 0])
-    return [(packed[TOKEN_BYTES * one.start : TOKEN_BYTES * one.end], one.closed) for one in wanted]
-
-
 def common_length(a: Tokens, b: Tokens) -> int:
     """How many tokens two sequences share from the start."""
     n = min(len(a), len(b))
@@ -453,3 +447,9 @@ class PrefixIndex:
         assert self.n_pinned == len((pinned & on_host) - on_disk)
         assert self.disk_bytes == sum(table.disk_bytes[id_] for id_ in on_disk)
         assert self.disk_bytes_leased == sum(table.disk_bytes[id_] for id_ in on_disk & pinned)
+
+
+def _blocks(tokens: Tokens, wanted: Sequence[Missing]) -> list[tuple[bytes, bool]]:
+    """The packed tokens of each of these blocks, which follow each other from the start, and whether it is closed."""
+    packed = pack(tokens[: wanted[-1].end if wanted else 0])
+    return [(packed[TOKEN_BYTES * one.start : TOKEN_BYTES * one.end], one.closed) for one in wanted]
