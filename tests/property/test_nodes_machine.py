@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from keepwarm.engine.nodes import NONE, NodeTable, pack
 
-RUNS = st.lists(st.sampled_from([0, 1, 255, 256, 70_000]), min_size=1, max_size=4).map(tuple)
+RUNS = st.lists(st.sampled_from([1, 255, 70_000]), min_size=1, max_size=3).map(tuple)  # few, so that they meet
 
 
 def packed(run):
@@ -53,6 +53,7 @@ class NodesMachine(RuleBasedStateMachine):
         ids = [id_ for id_, twin in sorted(self.twins.items()) if wanted(twin)]
         return data.draw(st.sampled_from(ids)) if ids else None
 
+    @precondition(lambda self: sum(not twin.parent for twin in self.twins.values()) < 2)  # more would thin the trees
     @rule()
     def add_root(self):
         key = self.key()

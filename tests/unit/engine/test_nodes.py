@@ -81,15 +81,17 @@ def test_ids_are_used_again_before_the_table_grows():
     table.check_integrity([root])
 
 
-def test_an_open_and_a_closed_child_of_the_same_tokens_are_two():
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_open_and_a_closed_child_of_the_same_tokens_are_two(first, gone):
     table, root = table_with_root()
-    both = {closed: add(table, root, 4, 5, closed=closed) for closed in (True, False)}
+    both = {closed: add(table, root, 4, 5, closed=closed) for closed in (first, not first)}
     add(table, root, 4)
     for closed, id_ in both.items():
         assert table.child(root, pack(ids(4, 5)), closed=closed) == id_
-    table.remove(both[True])
-    assert table.child(root, pack(ids(4, 5)), closed=True) == NONE
-    assert table.child(root, pack(ids(4, 5)), closed=False) == both[False]
+    table.remove(both[gone])
+    assert table.child(root, pack(ids(4, 5)), closed=gone) == NONE
+    assert table.child(root, pack(ids(4, 5)), closed=not gone) == both[not gone]
     table.check_integrity([root])
 
 

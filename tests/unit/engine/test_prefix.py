@@ -223,6 +223,27 @@ def test_what_left_is_told_with_what_the_caller_must_free():
     assert len(index) == 0
 
 
+def test_the_disk_keeps_whole_chains_also_where_the_host_tier_has_all_of_them():
+    index = PrefixIndex()
+    path = store(index, tokens(192))
+    first, second, third = keys(path)
+    for node in path:
+        index.stored(node, 500)
+    assert [index.evict_disk()[0].key for _ in range(3)] == [third, second, first]
+    assert (index.evict_disk(), index.n_on_disk, len(index)) == (None, 0, 3)
+
+
+def test_a_leased_block_that_is_lost_on_disk_counts_as_held_in_the_host_tier_again():
+    index = PrefixIndex()
+    (node,) = store(index, tokens(64))
+    index.pin([node])
+    index.stored(node, 500)
+    assert (index.n_pinned, index.disk_bytes_leased) == (0, 500)
+    index.leave_disk(node)
+    assert (index.n_pinned, index.disk_bytes_leased) == (1, 0)
+    index.check_integrity()
+
+
 def test_where_nothing_else_may_go_from_disk_a_block_goes_with_what_hangs_on_it_in_the_host_tier():
     index = PrefixIndex()
     path = store(index, tokens(192))
