@@ -15,7 +15,8 @@ from keepwarm.core.prompt import Tokens
 from keepwarm.engine.chunks import pieces
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.layout import BLOCK_TOKENS
-from keepwarm.engine.prefix import Node, PrefixIndex, extents, root_key
+from keepwarm.engine.nodes import Node
+from keepwarm.engine.prefix import PrefixIndex, extents, root_key
 
 CHAIN_BLOCKS = 80  # 5,120 tokens
 N_VOCAB = 49_152

@@ -27,7 +27,8 @@ from keepwarm.engine.eviction import Ghosts
 from keepwarm.engine.governor import pool
 from keepwarm.engine.layout import BLOCK_TOKENS
 from keepwarm.engine.leasefile import LeaseFiles
-from keepwarm.engine.prefix import Node, PrefixIndex
+from keepwarm.engine.nodes import Node
+from keepwarm.engine.prefix import Gone, PrefixIndex
 from keepwarm.engine.reuse import Done
 from keepwarm.engine.tiers import BlockHead, Damage, HostTier, TierFault, TierFull
 
@@ -55,7 +56,7 @@ class Durable:
 
     # --- start
 
-    def recover(self, cell_bytes: int) -> dict[str, tuple[Node, ...]]:
+    def recover(self, cell_bytes: int) -> dict[str, Sequence[Node]]:
         """Build the index from what is on disk; the leases that are whole, with their nodes. Before any other call."""
         begin = self._clock.monotonic()
         heads = sorted(self.disk.heads(), key=lambda head: head.start)
@@ -69,10 +70,10 @@ class Durable:
             node = self._index.adopt(above, head.key, head.tokens, head.start, closed=head.closed)
             self._index.stored(node, self.disk.cost(head), now_s=begin)
             known[head.key] = node
-        whole: dict[str, tuple[Node, ...]] = {}
+        whole: dict[str, Sequence[Node]] = {}
         for pin, keys in self._leases.all():
             if all(key in known for key in keys):
-                whole[pin] = tuple(known[key] for key in keys)
+                whole[pin] = self._index.keep(known[key] for key in keys)
                 self._index.pin(whole[pin])
             else:
                 self._leases.delete(pin)
@@ -88,23 +89,23 @@ class Durable:
                 return
             self.disk.delete(victim.key)
 
-    def _evict(self) -> Node | None:
+    def _evict(self) -> Gone | None:
         """Take one block off the disk's side of the index; its file is the caller's to delete. None: nothing may go."""
         gone = self._index.evict_disk(self._clock.monotonic())
         if gone is None:
             return None
-        node, slots = gone
+        block, slots = gone
         for slot in slots:
             self._host.free(slot)
         self.n_evicted += 1
-        return node
+        return block
 
     # --- admission
 
-    def left_host(self, node: Node) -> None:
-        """The node's host copy was evicted: if it lay nowhere else, its key is remembered."""
-        if not node.disk_bytes:
-            self._ghosts.remember(node.key)
+    def left_host(self, gone: Gone) -> None:
+        """The block's host copy was evicted: if it lay nowhere else, its key is remembered."""
+        if not gone.disk_bytes:
+            self._ghosts.remember(gone.key)
             self.n_not_admitted += 1
 
     def is_ghost(self, node: Node) -> bool:
@@ -141,7 +142,7 @@ class Durable:
         todo = [node for node in nodes if not node.disk_bytes]
         self._index.lock(todo)
         self._writing.update(node.id for node in todo)
-        self._writer.submit(self._lease, pin, tuple(nodes), todo, done)
+        self._writer.submit(self._lease, pin, tuple(nodes), [node.key for node in nodes], todo, done)
 
     def drop(self, pin: str) -> None:
         """Delete the lease's record soon; its blocks are unpinned by the caller."""
@@ -149,11 +150,13 @@ class Durable:
 
     # --- the writer's thread: no lock held
 
-    def _lease(self, pin: str, nodes: tuple[Node, ...], todo: Sequence[Node], done: Done) -> None:
+    def _lease(
+        self, pin: str, nodes: tuple[Node, ...], keys: list[bytes], todo: Sequence[Node], done: Done
+    ) -> None:  # fmt: skip
         fault = self._write_all(todo, nodes)
         if fault is None:
             try:
-                self._leases.write(pin, [node.key for node in nodes])
+                self._leases.write(pin, keys)
             except (TierFull, TierFault) as exc:
                 fault = exc
                 self._drop(pin)  # it may have been written all the same
@@ -179,7 +182,7 @@ class Durable:
                 self._index.unlock(batch)
         if wanted is not None and fault is None:
             with self._lock:
-                if any(not node.disk_bytes for node in wanted):
+                if not all(node.is_there and node.disk_bytes for node in wanted):
                     fault = TierFault("a block of this lease was lost while it was written")
         return fault
 
@@ -211,12 +214,12 @@ class Durable:
         n_bytes = self._host.slot_bytes // BLOCK_TOKENS * node.n_tokens
         return self._host.bytes_of(node.slot)[:n_bytes]
 
-    def _make_room(self, needed: int) -> list[Node] | None:
-        """Nodes whose files must go so that `needed` bytes fit; None, and nothing evicted, when that cannot be."""
+    def _make_room(self, needed: int) -> list[Gone] | None:
+        """Blocks whose files must go so that `needed` bytes fit; None, and nothing evicted, when that cannot be."""
         free = self.disk.bytes_total - self.disk.bytes_used
         if needed > free + self._index.disk_bytes - self._index.disk_bytes_leased:
             return None
-        gone: list[Node] = []
+        gone: list[Gone] = []
         while free < needed:
             victim = self._evict()
             if victim is None:
@@ -267,4 +270,4 @@ def head_of(node: Node, slot_bytes: int) -> BlockHead:
 def _on_chain(node: Node, batch: Sequence[Node]) -> bool:
     """Whether the node's predecessor is on disk, or is written with it: what is on disk is always a whole chain."""
     above = node.parent
-    return above is None or above.parent is None or bool(above.disk_bytes) or any(above is other for other in batch)
+    return above is None or above.parent is None or bool(above.disk_bytes) or above in batch

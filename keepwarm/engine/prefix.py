@@ -3,23 +3,22 @@
 One tree per root (tenant, model, template, KV type ...: `root_key`). A node is a block of up to 64 tokens; a chain of
 nodes is a stored prefix. Blocks are aligned to the start of their piece (chunks.py); a *closed* node ends at an irregular
 mark and its children begin a new piece, an open one may be short at the end of what was stored. Tokens are compared on
-every match; keys name blocks for the tiers.
+every match; keys name blocks for the tiers. Nodes are rows of arrays (nodes.py); what is handed out are handles.
 
 A match may end inside a node: at a multiple of g from the piece's start every prefix of a node has the right bits.
-Children are kept sorted by their tokens, so the longest common prefix is found beside the insertion point.
 
-A node's bytes lie in host RAM (`slot`), on disk (`disk_bytes`), or in both. What may go (a policy chooses among it):
+A node's bytes lie in host RAM (`slot`), on disk (`disk_bytes`), or in both. What may go (a policy chooses among it,
+shelf.py):
 
     from the host   nodes without locks that are on disk as well, or that are leaves without leases
     from the disk   nodes without locks or leases whose children are not on disk, and that have a host copy or no children
 
 So what is on disk is always a whole chain from its root, and a node that lies nowhere is out of the tree. The one
 exception is a *hollow* node: its bytes were damaged while it had children, locks or leases. A match ends before it, the
-next save fills it again, and it goes with the last thing that held it.
+next save fills it again, and it goes with the last thing that held it. A node with locks or pins is never taken out.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from blake3 import blake3
@@ -29,9 +28,10 @@ from keepwarm.core.prompt import Tokens
 from keepwarm.engine.chunks import Piece
 from keepwarm.engine.eviction import BlockFacts, Policy, policy
 from keepwarm.engine.layout import BLOCK_TOKENS
+from keepwarm.engine.nodes import NONE, TOKEN_BYTES, Node, NodeList, NodeTable, pack
+from keepwarm.engine.shelf import Shelf
 
 BlockKey = bytes  # 32 bytes
-TOKEN_BYTES, SORTABLE = 4, ">i4"
 
 
 def root_key(*parts: str) -> BlockKey:
@@ -44,71 +44,16 @@ def block_key(parent: BlockKey, tokens: Tokens, *, closed: bool) -> BlockKey:
     return blake3(parent + (b"\x01" if closed else b"\x00") + tokens.astype("<i4").tobytes()).digest()
 
 
-class Node:
-    """One stored block. `slot` is its place in the host tier (-1: none), `disk_bytes` what it takes on disk (0: nothing).
+class Gone(Struct, frozen=True):
+    """What was known of a block when it left a tier, or the index: its handle may be of no use any more.
 
-    Its tokens are kept once, in the form that sorts (`_sortable`); without children it holds no containers.
+    `slot` is the host slot for the caller to free (-1: none), `disk_bytes` what it takes, or took, on disk (0: nothing).
     """
 
-    __slots__ = (
-        "children", "closed", "closed_children", "disk_bytes", "id", "key", "locks", "n_disk_children", "parent", "pins",
-        "slot", "sortable", "start",
-    )  # fmt: skip
-
-    def __init__(
-        self, id_: int, key: BlockKey, parent: "Node | None", start: int, sortable: bytes, closed: bool
-    ) -> None:
-        self.id, self.key, self.parent, self.start = id_, key, parent, start
-        self.sortable, self.closed = sortable, closed
-        self.children: list[Node] | None = None  # open blocks, sorted
-        self.closed_children: dict[bytes, Node] | None = None
-        self.n_disk_children = 0
-        self.locks = 0
-        self.pins = 0
-        self.slot = -1
-        self.disk_bytes = 0
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.sortable) // TOKEN_BYTES
-
-    @property
-    def tokens(self) -> Tokens:
-        """The token ids, shape (n_tokens,), a copy."""
-        return np.frombuffer(self.sortable, SORTABLE).astype(np.int32)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.n_tokens
-
-    @property
-    def is_leaf(self) -> bool:
-        return not (self.children or self.closed_children)
-
-    def below(self) -> "list[Node]":
-        """Its children."""
-        return [*(self.children or ()), *(self.closed_children or {}).values()]
-
-    @property
-    def is_hollow(self) -> bool:
-        """Its bytes are nowhere."""
-        return self.slot < 0 and not self.disk_bytes
-
-    @property
-    def leaves_host(self) -> bool:
-        """Whether its host copy may go."""
-        return self.slot >= 0 and not self.locks and bool(self.disk_bytes or (self.is_leaf and not self.pins))
-
-    @property
-    def leaves_disk(self) -> bool:
-        """Whether its copy on disk may go."""
-        held = self.locks or self.pins or self.n_disk_children
-        return bool(self.disk_bytes) and not held and (self.slot >= 0 or self.is_leaf)
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing below it, nobody uses it."""
-        return self.is_leaf and not self.locks and not self.pins
+    key: BlockKey
+    n_tokens: int
+    slot: int
+    disk_bytes: int
 
 
 class Found(Struct, frozen=True):
@@ -130,15 +75,6 @@ class DoubleInsert(Exception):
     """Our bug: a block was added where one stands."""
 
 
-def _sortable(tokens: Tokens) -> bytes:
-    """Bytes that sort as the tokens do (token ids are never negative)."""
-    return tokens.astype(SORTABLE).tobytes()
-
-
-def _order(node: Node) -> bytes:
-    return node.sortable
-
-
 def common_length(a: Tokens, b: Tokens) -> int:
     """How many tokens two sequences share from the start."""
     n = min(len(a), len(b))
@@ -152,73 +88,55 @@ def extents(parts: Sequence[Piece], n_tokens: int) -> Iterator[Missing]:
         end = min(piece.end, n_tokens)
         for start in range(piece.start, end, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, end)
-            yield Missing(start, stop, closed=piece.closed and stop == piece.end)
-
-
-class Shelf:
-    """One tier's side of the index: which nodes may leave it, and the policy that says which one first."""
-
-    def __init__(self, chooses: Policy) -> None:
-        self.policy = chooses
-        self.evictable: set[int] = set()
-
-    def refresh(self, node: Node, *, may_leave: bool) -> None:
-        """The node changed; may it leave the tier now?"""
-        if not may_leave:
-            self.evictable.discard(node.id)
-        elif node.id not in self.evictable:
-            self.evictable.add(node.id)
-            self.policy.offer(node.id)
-
-    def forget(self, node: Node) -> None:
-        """The node is not in this tier any more."""
-        self.evictable.discard(node.id)
-        self.policy.forget(node.id)
+            yield Missing(start, stop, piece.closed and stop == piece.end)
 
 
 class PrefixIndex:
     """All trees of one engine. Callers serialise access; methods return what the caller must do with the tiers."""
 
     def __init__(self, host: Policy | None = None, disk: Policy | None = None) -> None:
-        self._roots: dict[BlockKey, Node] = {}
-        self._nodes: dict[int, Node] = {}
+        self._roots: dict[BlockKey, int] = {}
+        self._table = NodeTable()
         self._host = Shelf(policy("lru", 1) if host is None else host)  # a policy that knows no block yet is falsy
         self._disk = Shelf(policy("lru", 1) if disk is None else disk)
-        self._next_id = 0
         self.n_pinned = 0  # nodes with at least one pin that lie in the host tier alone
         self.disk_bytes = 0  # of all nodes on disk
         self.disk_bytes_leased = 0  # of those with a pin
         self.n_on_disk = 0
 
     def __len__(self) -> int:
-        return len(self._nodes)
+        return len(self._table)
+
+    def nodes(self) -> Iterator[Node]:
+        return map(self._table.node, self._table)
+
+    def keep(self, nodes: Iterable[Node]) -> NodeList:
+        """The same nodes, locked or pinned ones, in little memory."""
+        return NodeList(nodes, self._table)
+
+    # --- find
 
     def match(self, root: BlockKey, tokens: Tokens, parts: Sequence[Piece]) -> Found:
         """The longest stored prefix with this prompt's bits; chunks.usable then says how much of it may be used.
 
         Changes nothing. The result is safe only while locked.
         """
-        node = self._roots.get(root)
-        nodes: list[Node] = []
-        if node is None:
+        table, above = self._table, self._roots.get(root)
+        if above is None:
             return Found((), 0)
-        at = 0
-        sortable = _sortable(tokens)
-        for extent in extents(parts, len(tokens)):
-            key = sortable[TOKEN_BYTES * extent.start : TOKEN_BYTES * extent.end]
-            child = _exact(node, key, closed=extent.closed)
-            if child is None or child.is_hollow:
-                wanted = tokens[extent.start : extent.end]
-                best, n = _nearest(node, key, wanted)
-                if extent.closed:  # the same tokens, but the remainder was not evaluated by itself: other bits
-                    n = min(n, len(wanted) - 1)
-                if best is not None and n:
-                    nodes.append(best)
-                    at += n
-                break
-            nodes.append(child)
-            node, at = child, extent.end
-        return Found(tuple(nodes), at)
+        wanted = list(extents(parts, len(tokens)))
+        blocks = _blocks(tokens, wanted)
+        ids = table.walk(above, blocks)
+        n = wanted[len(ids) - 1].end if ids else 0
+        if len(ids) < len(wanted):
+            packed, closed = blocks[len(ids)]
+            best, n_more = table.nearest(ids[-1] if ids else above, packed)
+            if closed:  # the same tokens, but the remainder was not evaluated by itself: other bits
+                n_more = min(n_more, len(packed) // TOKEN_BYTES - 1)
+            if n_more:
+                ids.append(best)
+                n += n_more
+        return Found(table.handles(ids), n)
 
     def missing(
         self, root: BlockKey, tokens: Tokens, parts: Sequence[Piece], n_tokens: int
@@ -228,322 +146,310 @@ class PrefixIndex:
         `Found.n_tokens` is the start of the first missing block, or `n_tokens`; its last node may cover more than asked.
         Behind a hollow block some of the others may be there: `child` tells.
         """
-        node = self._roots.get(root)
-        nodes: list[Node] = []
+        table, above = self._table, self._roots.get(root)
         wanted = list(extents(parts, n_tokens))
-        sortable = _sortable(tokens[:n_tokens])
-        for i, extent in enumerate(wanted):
-            key = sortable[TOKEN_BYTES * extent.start : TOKEN_BYTES * extent.end]
-            child = _exact(node, key, closed=extent.closed) if node else None
-            if child is None and node is not None and not extent.closed and i == len(wanted) - 1:
-                piece = tokens[extent.start : extent.end]
-                best, n = _nearest(node, key, piece)
-                if n == len(piece):  # a longer block stands there already
-                    child = best
-            if child is None or child.is_hollow:
-                return Found(tuple(nodes), extent.start), wanted[i:]
-            nodes.append(child)
-            node = child
-        return Found(tuple(nodes), n_tokens), []
+        if above is None:
+            return Found((), 0), wanted
+        blocks = _blocks(tokens, wanted)
+        ids = table.walk(above, blocks)
+        if len(ids) == len(wanted) - 1 and not wanted[-1].closed:
+            packed, _ = blocks[-1]
+            best, n = table.nearest(ids[-1] if ids else above, packed)
+            if n == len(packed) // TOKEN_BYTES:  # a longer block stands there already
+                ids.append(best)
+        n = wanted[len(ids) - 1].end if ids else 0
+        return Found(table.handles(ids), n), wanted[len(ids) :]
 
     def child(self, root: BlockKey, parent: Node | None, tokens: Tokens, extent: Missing) -> Node | None:
         """The node of exactly this block, hollow or not."""
-        above = parent or self._roots.get(root)
-        return _exact(above, _sortable(tokens[extent.start : extent.end]), closed=extent.closed) if above else None
+        above = self._roots.get(root) if parent is None else parent.row
+        if above is None:
+            return None
+        child = self._table.child(above, pack(tokens[extent.start : extent.end]), closed=extent.closed)
+        return None if child == NONE else self._table.node(child)
+
+    # --- blocks come and go
 
     def add(
         self, root: BlockKey, parent: Node | None, tokens: Tokens, extent: Missing, slot: int, *, now_s: float = 0.0,
         n_read: int = 0,
-    ) -> tuple[Node, list[Node]]:  # fmt: skip
+    ) -> tuple[Node, list[Gone]]:  # fmt: skip
         """Add one block in the host tier under `parent` (None: the root) and return it, with nodes it makes superfluous.
 
         Superfluous nodes (shorter, unused siblings whose tokens the new block begins with) are out of the index already:
         the caller frees their bytes.
         """
-        parent = parent or self._root(root)
-        node = self._insert(parent, tokens[extent.start : extent.end], extent.start, closed=extent.closed)
+        above = self._root(root) if parent is None else parent.row
+        id_ = self._insert(above, tokens[extent.start : extent.end], extent.start, closed=extent.closed)
         superfluous = []
-        if not node.closed:
-            siblings = parent.children or []
-            i = bisect_left(siblings, node.sortable, key=_order)
-            shorter = siblings[i - 1] if i else None
-            if shorter is not None and node.sortable.startswith(shorter.sortable) and shorter.is_idle:
+        if not extent.closed:
+            shorter = self._table.shorter(id_)
+            if shorter != NONE and self._is_idle(shorter):
+                superfluous.append(self._gone(shorter))
                 self._unlink(shorter)
-                superfluous.append(shorter)
+        node = self._table.node(id_)
         self.fill(node, slot, now_s=now_s, n_read=n_read)
         return node, superfluous
 
-    def adopt(self, head_parent: "Node | BlockKey", key: BlockKey, tokens: Tokens, start: int, *, closed: bool) -> Node:
+    def adopt(self, head_parent: Node | BlockKey, key: BlockKey, tokens: Tokens, start: int, *, closed: bool) -> Node:
         """Add a block found on disk at start, hollow until `stored` says what it takes. Raises DoubleInsert.
 
         `head_parent` is the node before it, or the key of its chain's root.
         """
-        parent = head_parent if isinstance(head_parent, Node) else self._root(head_parent)
-        node = self._insert(parent, tokens, start, closed=closed)
+        above = head_parent.row if isinstance(head_parent, Node) else self._root(head_parent)
+        node = self._table.node(self._insert(above, tokens, start, closed=closed))
         assert node.key == key
         return node
 
-    def _root(self, root: BlockKey) -> Node:
+    def _root(self, root: BlockKey) -> int:
         known = self._roots.get(root)
         if known is None:
-            known = self._roots[root] = Node(-1, root, None, 0, b"", closed=True)
+            known = self._roots[root] = self._table.add_root(root)
         return known
 
-    def _insert(self, parent: Node, piece: Tokens, start: int, *, closed: bool) -> Node:
-        key = _sortable(piece)
-        if _exact(parent, key, closed=closed) is not None:
+    def _insert(self, above: int, piece: Tokens, start: int, *, closed: bool) -> int:
+        table, packed = self._table, pack(piece)
+        if table.child(above, packed, closed=closed) != NONE:
             raise DoubleInsert(f"{'closed ' if closed else ''}block at {start}")
-        node = Node(self._next_id, block_key(parent.key, piece, closed=closed), parent, start, key, closed)
-        self._next_id += 1
-        if closed:
-            parent.closed_children = parent.closed_children or {}
-            parent.closed_children[key] = node
-        else:
-            parent.children = parent.children or []
-            insort(parent.children, node, key=_order)
-        self._nodes[node.id] = node
-        self._refresh(parent)
-        return node
+        id_ = table.add(above, block_key(table.key(above), piece, closed=closed), packed, closed=closed)
+        assert table.starts[id_] == start
+        self._refresh(above)
+        return id_
 
     def fill(self, node: Node, slot: int, *, now_s: float = 0.0, n_read: int = 0) -> None:
         """The node's bytes are in this slot of the host tier now, too."""
-        assert node.slot < 0 and slot >= 0
-        node.slot = slot
-        self.n_pinned += bool(node.pins and not node.disk_bytes)
-        self._host.policy.stored(node.id, _facts(node, n_read), now_s)
-        self._refresh(node)
+        table, id_ = self._table, node.row
+        assert table.slots[id_] < 0 and slot >= 0
+        table.slots[id_] = slot
+        self.n_pinned += bool(table.pins[id_] and not table.disk_bytes[id_])
+        self._host.policy.stored(id_, self._facts(id_, n_read), now_s)
+        self._refresh(id_)
 
     def stored(self, node: Node, n_bytes: int, *, now_s: float = 0.0, n_read: int = 0) -> None:
         """The node's bytes are on disk now, too, where they take `n_bytes` of the budget."""
-        assert not node.disk_bytes and n_bytes
-        self.n_pinned -= bool(node.pins and node.slot >= 0)
-        node.disk_bytes = n_bytes
+        table, id_ = self._table, node.row
+        assert not table.disk_bytes[id_] and n_bytes
+        self.n_pinned -= bool(table.pins[id_] and table.slots[id_] >= 0)
+        table.disk_bytes[id_] = n_bytes
         self.n_on_disk += 1
         self.disk_bytes += n_bytes
-        self.disk_bytes_leased += n_bytes if node.pins else 0
-        assert node.parent is not None
-        node.parent.n_disk_children += 1
-        self._disk.policy.stored(node.id, _facts(node, n_read), now_s)
-        self._refresh(node.parent)
-        self._refresh(node)
-
-    def leave_host(self, node: Node) -> int:
-        """The node's host copy is gone; returns the slot for the caller to free."""
-        slot, node.slot = node.slot, -1
-        assert slot >= 0
-        self.n_pinned -= bool(node.pins and not node.disk_bytes)
-        self._host.forget(node)
-        self._refresh(node)
-        self._prune(node)
-        return slot
+        self.disk_bytes_leased += n_bytes if table.pins[id_] else 0
+        above = table.parents[id_]
+        table.n_disk_children[above] += 1
+        self._disk.policy.stored(id_, self._facts(id_, n_read), now_s)
+        self._refresh(above)
+        self._refresh(id_)
 
     def leave_disk(self, node: Node) -> None:
         """The node's copy on disk is gone, or damaged."""
-        n_bytes, node.disk_bytes = node.disk_bytes, 0
-        assert n_bytes and node.parent is not None
+        self._leave_disk(node.row)
+
+    def _leave_host(self, id_: int) -> None:
+        table = self._table
+        assert table.slots[id_] >= 0
+        table.slots[id_] = NONE
+        self.n_pinned -= bool(table.pins[id_] and not table.disk_bytes[id_])
+        self._host.forget(id_)
+        self._refresh(id_)
+        self._prune(id_)
+
+    def _leave_disk(self, id_: int) -> None:
+        table, n_bytes = self._table, self._table.disk_bytes[id_]
+        assert n_bytes
+        self.disk_bytes_leased -= n_bytes if table.pins[id_] else 0
+        self.n_pinned += bool(table.pins[id_] and table.slots[id_] >= 0)
+        self._off_disk(id_)
+        self._refresh(table.parents[id_])
+        self._refresh(id_)
+        self._prune(id_)
+
+    def _off_disk(self, id_: int) -> None:
+        table = self._table
         self.n_on_disk -= 1
-        self.disk_bytes -= n_bytes
-        self.disk_bytes_leased -= n_bytes if node.pins else 0
-        self.n_pinned += bool(node.pins and node.slot >= 0)
-        node.parent.n_disk_children -= 1
-        self._disk.forget(node)
-        self._refresh(node.parent)
-        self._refresh(node)
-        self._prune(node)
+        self.disk_bytes -= table.disk_bytes[id_]
+        table.disk_bytes[id_] = 0
+        table.n_disk_children[table.parents[id_]] -= 1
+        self._disk.forget(id_)
 
-    def _prune(self, node: Node) -> None:
+    def _prune(self, id_: int) -> None:
         """Take out a hollow node that nothing holds any more, and then its parent, if that is one, too."""
-        while node.is_hollow and node.is_idle and node.parent is not None and node.id in self._nodes:
-            above = node.parent
-            self._unlink(node)
-            node = above
+        table = self._table
+        above = table.parents[id_]
+        while above != NONE and table.is_hollow(id_) and self._is_idle(id_):
+            self._unlink(id_)
+            id_, above = above, table.parents[above]
 
-    def _unlink(self, node: Node) -> None:
+    def _unlink(self, id_: int) -> None:
         """Take the node out of the tree and its bytes out of the accounts; the caller frees them."""
-        parent = node.parent
-        assert parent is not None
-        if node.closed:
-            assert parent.closed_children is not None
-            del parent.closed_children[node.sortable]
+        table = self._table
+        above = table.parents[id_]
+        if table.slots[id_] >= 0:
+            self._host.forget(id_)
+        if table.disk_bytes[id_]:
+            self._off_disk(id_)
+        table.remove(id_)
+        if table.is_root(above) and table.is_leaf(above):
+            del self._roots[table.key(above)]
+            table.remove(above)
         else:
-            assert parent.children is not None
-            i = bisect_left(parent.children, node.sortable, key=_order)
-            assert parent.children[i] is node
-            del parent.children[i]
-        del self._nodes[node.id]
-        if node.slot >= 0:
-            self._host.forget(node)
-        if node.disk_bytes:
-            self.n_on_disk -= 1
-            self.disk_bytes -= node.disk_bytes
-            parent.n_disk_children -= 1
-            self._disk.forget(node)
-        if parent.parent is None and parent.is_leaf:
-            self._roots.pop(parent.key, None)
-        else:
-            self._refresh(parent)
+            self._refresh(above)
 
-    def _refresh(self, node: Node) -> None:
-        if node.id < 0:
-            return
-        self._host.refresh(node, may_leave=node.leaves_host)
-        self._disk.refresh(node, may_leave=node.leaves_disk)
+    # --- what may go
 
-    def evict_host(self, now_s: float = 0.0) -> tuple[Node, int] | None:
-        """Take the block out of the host tier that is cheapest to lose there, with its slot for the caller to free."""
-        victim = self._host.policy.victim(self._host.evictable, now_s)
+    def _is_idle(self, id_: int) -> bool:
+        """Nothing below it, nobody uses it."""
+        table = self._table
+        return table.is_leaf(id_) and not table.locks[id_] and not table.pins[id_]
+
+    def _may_leave(self, id_: int) -> tuple[bool, bool]:
+        """Whether its copies in the host tier and on disk may go."""
+        table = self._table
+        if table.locks[id_]:
+            return False, False
+        on_host, on_disk, pinned = table.slots[id_] >= 0, table.disk_bytes[id_] > 0, table.pins[id_] > 0
+        leaf = table.is_leaf(id_)
+        may_leave_host = on_host and (on_disk or (leaf and not pinned))
+        return may_leave_host, on_disk and not pinned and not table.n_disk_children[id_] and (on_host or leaf)
+
+    def _refresh(self, id_: int) -> None:
+        """The node changed: it may go now, or may go no more. A root lies nowhere."""
+        host, disk = self._may_leave(id_)
+        self._host.refresh(id_, host)
+        self._disk.refresh(id_, disk)
+
+    def evict_host(self, now_s: float = 0.0) -> Gone | None:
+        """Take the block out of the host tier that is cheapest to lose there; the caller frees its slot."""
+        victim = self._host.victim(now_s)
         if victim is None:
             return None
-        node = self._nodes[victim]
-        return node, self.leave_host(node)
+        gone = self._gone(victim)
+        self._leave_host(victim)
+        return gone
 
-    def evict_disk(self, now_s: float = 0.0) -> tuple[Node, list[int]] | None:
+    def evict_disk(self, now_s: float = 0.0) -> tuple[Gone, list[int]] | None:
         """Take the block off the disk that is cheapest to lose there; the caller deletes its file. None: nothing may go.
 
         Also host slots for the caller to free: when no other block may go, one goes with what hangs on it in the host
         tier alone.
         """
-        victim = self._disk.policy.victim(self._disk.evictable, now_s)
-        node = (
-            self._nodes[victim]
-            if victim is not None
-            else next(filter(_goes_with_all_below, self._nodes.values()), None)
-        )
-        if node is None:
-            return None
-        below = [] if victim is not None else _below(node)
-        slots = [self.leave_host(child) for child in reversed(below) if child.slot >= 0]  # leaves first
-        self.leave_disk(node)
-        return node, slots
+        victim, below, table = self._disk.victim(now_s), list[int](), self._table
+        if victim is None:
+            victim = next(filter(self._goes_with_all_below, table), None)
+            if victim is None:
+                return None
+            below = [child for child in reversed(table.below(victim)) if table.slots[child] >= 0]  # leaves first
+        gone, slots = self._gone(victim), [table.slots[child] for child in below]
+        for child in below:
+            self._leave_host(child)
+        self._leave_disk(victim)
+        return gone, slots
 
-    def touch(self, nodes: Sequence[Node], now_s: float = 0.0) -> None:
-        """A turn reads these nodes."""
-        self._host.policy.hit([node.id for node in nodes if node.slot >= 0], now_s)
-        self._disk.policy.hit([node.id for node in nodes if node.disk_bytes], now_s)
+    def _gone(self, id_: int) -> Gone:
+        table = self._table
+        return Gone(table.key(id_), table.n_tokens(id_), table.slots[id_], table.disk_bytes[id_])
 
-    def lock(self, nodes: Sequence[Node]) -> None:
-        """Keep the nodes, in every tier, until `unlock`; counted."""
-        for node in nodes:
-            node.locks += 1
-            if node.locks == 1:
-                self._refresh(node)
-
-    def unlock(self, nodes: Sequence[Node]) -> None:
-        for node in reversed(nodes):
-            assert node.locks > 0
-            node.locks -= 1
-            if not node.locks:
-                self._refresh(node)
-                self._prune(node)
-
-    def pin(self, nodes: Sequence[Node]) -> None:
-        """Keep the nodes for a lease until `unpin`; counted."""
-        for node in nodes:
-            node.pins += 1
-            if node.pins == 1:
-                self.n_pinned += bool(node.slot >= 0 and not node.disk_bytes)
-                self.disk_bytes_leased += node.disk_bytes
-                self._refresh(node)
-
-    def unpin(self, nodes: Sequence[Node]) -> None:
-        for node in reversed(nodes):
-            assert node.pins > 0
-            node.pins -= 1
-            if not node.pins:
-                self.n_pinned -= bool(node.slot >= 0 and not node.disk_bytes)
-                self.disk_bytes_leased -= node.disk_bytes
-                self._refresh(node)
-                self._prune(node)
+    def _goes_with_all_below(self, id_: int) -> bool:
+        """Whether it lies on disk alone, with nothing on disk, locked or leased at it or below."""
+        table = self._table
+        if not table.disk_bytes[id_] or table.slots[id_] >= 0 or table.n_disk_children[id_]:
+            return False
+        if table.locks[id_] or table.pins[id_]:
+            return False
+        return not any(table.locks[one] or table.pins[one] or table.disk_bytes[one] for one in table.below(id_))
 
     def n_reclaimable(self) -> int:
         """Host copies that eviction could free one after the other.
 
-        Those on disk as well, without locks; and those with no lock or pin on them or below them.
+        Those on disk as well, without locks; and those with no lock or pin on them or below them, nor a block on disk.
         """
-        kept: set[int] = set()
-        for node in self._nodes.values():
-            if node.locks or node.pins:
-                up: Node | None = node
-                while up is not None and up.id not in kept:
-                    kept.add(up.id)
-                    up = up.parent
-        on_host = [node for node in self._nodes.values() if node.slot >= 0]
-        return sum(not node.locks if node.disk_bytes else node.id not in kept for node in on_host)
+        table = self._table
+        parents, slots, on_disk = np.asarray(table.parents), np.asarray(table.slots), np.asarray(table.disk_bytes) > 0
+        locks, held = np.asarray(table.locks), (np.asarray(table.locks) > 0) | (np.asarray(table.pins) > 0)
+        stays = bytearray(len(parents))  # what is in the host tier alone and no leaf, whatever else goes
+        for id_ in np.flatnonzero(held | (on_disk & ~on_disk[parents])).tolist():
+            up = id_
+            while up != NONE and not stays[up]:
+                stays[up] = 1
+                up = table.parents[up]
+        kept = np.where(on_disk, locks > 0, np.frombuffer(stays, np.uint8) > 0)
+        return int(np.count_nonzero((slots >= 0) & ~kept))
 
-    def nodes(self) -> Iterator[Node]:
-        return iter(self._nodes.values())
+    # --- who holds what
+
+    def touch(self, nodes: Sequence[Node], now_s: float = 0.0) -> None:
+        """A turn reads these nodes."""
+        table, ids = self._table, [node.row for node in nodes]
+        self._host.policy.hit([id_ for id_ in ids if table.slots[id_] >= 0], now_s)
+        self._disk.policy.hit([id_ for id_ in ids if table.disk_bytes[id_]], now_s)
+
+    def lock(self, nodes: Sequence[Node]) -> None:
+        """Keep the nodes, in every tier, until `unlock`; counted."""
+        locks = self._table.locks
+        for node in nodes:
+            id_ = node.row
+            locks[id_] += 1
+            if locks[id_] == 1:
+                self._refresh(id_)
+
+    def unlock(self, nodes: Sequence[Node]) -> None:
+        locks = self._table.locks
+        for node in reversed(nodes):
+            id_ = node.row
+            assert locks[id_] > 0
+            locks[id_] -= 1
+            if not locks[id_]:
+                self._refresh(id_)
+                self._prune(id_)
+
+    def pin(self, nodes: Sequence[Node]) -> None:
+        """Keep the nodes for a lease until `unpin`; counted."""
+        table = self._table
+        for node in nodes:
+            id_ = node.row
+            table.pins[id_] += 1
+            if table.pins[id_] == 1:
+                self.n_pinned += table.slots[id_] >= 0 and not table.disk_bytes[id_]
+                self.disk_bytes_leased += table.disk_bytes[id_]
+                self._refresh(id_)
+
+    def unpin(self, nodes: Sequence[Node]) -> None:
+        table = self._table
+        for node in reversed(nodes):
+            id_ = node.row
+            assert table.pins[id_] > 0
+            table.pins[id_] -= 1
+            if not table.pins[id_]:
+                self.n_pinned -= table.slots[id_] >= 0 and not table.disk_bytes[id_]
+                self.disk_bytes_leased -= table.disk_bytes[id_]
+                self._refresh(id_)
+                self._prune(id_)
+
+    def _facts(self, id_: int, n_read: int) -> BlockFacts:
+        table = self._table
+        above = table.parents[id_]
+        parent = None if table.is_root(above) else above
+        return BlockFacts(table.key(id_), parent, table.starts[id_], table.n_tokens(id_), n_read)
 
     def check_integrity(self) -> None:
         """Assert what must always hold; called in tests and when the engine is idle."""
-        seen = 0
-        for root in self._roots.values():
-            stack = [root]
-            while stack:
-                node = stack.pop()
-                below = node.below()
-                assert node.n_disk_children == sum(bool(child.disk_bytes) for child in below)
-                for child in below:
-                    seen += 1
-                    assert child.parent is node
-                    assert child.start == node.end
-                    assert self._nodes[child.id] is child
-                    assert (child.id in self._host.evictable) == child.leaves_host
-                    assert (child.id in self._disk.evictable) == child.leaves_disk
-                    assert not (child.is_hollow and child.is_idle), "a hollow node that nothing holds"
-                stack.extend(below)
-        nodes = self._nodes.values()
-        assert seen == len(self._nodes)
-        assert len(self._host.policy) == sum(node.slot >= 0 for node in nodes)
-        assert len(self._disk.policy) == self.n_on_disk == sum(bool(node.disk_bytes) for node in nodes)
-        assert self.n_pinned == sum(node.pins > 0 and node.slot >= 0 and not node.disk_bytes for node in nodes)
-        assert self.disk_bytes == sum(node.disk_bytes for node in nodes)
-        assert self.disk_bytes_leased == sum(node.disk_bytes for node in nodes if node.pins)
+        table, host, disk = self._table, self._host, self._disk
+        table.check_integrity(self._roots.values())
+        assert all(table.key(id_) == key and not table.is_leaf(id_) for key, id_ in self._roots.items())
+        ids = list(table)
+        assert list(host.evictable) == [id_ for id_ in ids if self._may_leave(id_)[0]]
+        assert list(disk.evictable) == [id_ for id_ in ids if self._may_leave(id_)[1]]
+        assert (len(host.evictable), len(disk.evictable)) == (len(list(host.evictable)), len(list(disk.evictable)))
+        assert not any(table.is_hollow(id_) and self._is_idle(id_) for id_ in ids), "a hollow node that nothing holds"
+        on_host = {id_ for id_ in ids if table.slots[id_] >= 0}
+        on_disk = {id_ for id_ in ids if table.disk_bytes[id_]}
+        pinned = {id_ for id_ in ids if table.pins[id_]}
+        assert len(host.policy) == len(on_host) and len(disk.policy) == self.n_on_disk == len(on_disk)
+        assert self.n_pinned == len((pinned & on_host) - on_disk)
+        assert self.disk_bytes == sum(table.disk_bytes[id_] for id_ in on_disk)
+        assert self.disk_bytes_leased == sum(table.disk_bytes[id_] for id_ in on_disk & pinned)
 
 
-def _facts(node: Node, n_read: int) -> BlockFacts:
-    parent = node.parent.id if node.parent is not None and node.parent.id >= 0 else None
-    return BlockFacts(node.key, parent, node.start, node.n_tokens, n_read)
-
-
-def _exact(node: Node, key: bytes, *, closed: bool) -> Node | None:
-    if closed:
-        return node.closed_children.get(key) if node.closed_children else None
-    children = node.children
-    if not children:
-        return None
-    if len(children) == 1:  # most chains do not branch
-        return children[0] if children[0].sortable == key else None
-    i = bisect_left(children, key, key=_order)
-    return children[i] if i < len(children) and children[i].sortable == key else None
-
-
-def _below(node: Node) -> list[Node]:
-    """All nodes under this one, each behind its parent."""
-    found = node.below()
-    for child in found:
-        found += child.below()
-    return found
-
-
-def _goes_with_all_below(node: Node) -> bool:
-    """Whether it lies on disk alone, with nothing on disk, locked or leased at it or below."""
-    if not node.disk_bytes or node.slot >= 0 or node.locks or node.pins or node.n_disk_children:
-        return False
-    return not any(child.locks or child.pins or child.disk_bytes for child in _below(node))
-
-
-def _nearest(node: Node, key: bytes, wanted: Tokens) -> tuple[Node | None, int]:
-    """The child with bytes that shares most tokens with `wanted`, and how many.
-
-    Beside the insertion point in each direction, the first that is not hollow.
-    """
-    children = node.children or []
-    i = bisect_left(children, key, key=_order)
-    before = next((child for child in reversed(children[:i]) if not child.is_hollow), None)
-    behind = next((child for child in children[i:] if not child.is_hollow), None)
-    best, best_n = None, 0
-    for child in (before, behind, *(node.closed_children or {}).values()):
-        n = common_length(child.tokens, wanted) if child is not None and not child.is_hollow else 0
-        if n > best_n:
-            best, best_n = child, n
-    return best, best_n
+def _blocks(tokens: Tokens, wanted: Sequence[Missing]) -> list[tuple[bytes, bool]]:
+    """The packed tokens of each of these blocks, which follow each other from the start, and whether it is closed."""
+    packed = pack(tokens[: wanted[-1].end if wanted else 0])
+    return [(packed[TOKEN_BYTES * one.start : TOKEN_BYTES * one.end], one.closed) for one in wanted]

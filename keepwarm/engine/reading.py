@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from keepwarm.core.clock import Clock
 from keepwarm.engine.breakeven import Speeds
-from keepwarm.engine.prefix import Node
+from keepwarm.engine.nodes import Node
 from keepwarm.engine.tiers import BlockLost, Tier
 
 THREADS = 2  # more do not read faster from one disk, and take cores from the assembly (docs/benchmarks.md)

@@ -31,7 +31,8 @@ from keepwarm.engine.layout import BLOCK_TOKENS, Assembler, Layout, cut, parse
 from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model
-from keepwarm.engine.prefix import BlockKey, Missing, Node, PrefixIndex, root_key
+from keepwarm.engine.nodes import Node
+from keepwarm.engine.prefix import BlockKey, Missing, PrefixIndex, root_key
 from keepwarm.engine.reading import Reading
 from keepwarm.engine.reuse import Done
 from keepwarm.engine.tiers import BlockLost, HostTier
@@ -72,7 +73,7 @@ def _n_same(there: _Assembled, held: Held) -> int:
     """How many of the held nodes the buffer has already, as far as they are held. A node's bytes never change."""
     n_same = 0
     for mine, has in zip(held.nodes, there.nodes, strict=False):
-        if mine is not has or min(mine.end, held.n_tokens) > there.n_tokens:
+        if mine != has or min(mine.end, held.n_tokens) > there.n_tokens:
             break
         n_same += 1
     return n_same
@@ -116,7 +117,7 @@ class PrefixStore:
         self.policy_name = policy_name
         n_disk = disk[0].bytes_total // tier.slot_bytes if disk else 1
         self._index = PrefixIndex(policy(policy_name, max(tier.n_slots, 1)), policy(policy_name, max(n_disk, 1)))
-        self._pins: dict[str, tuple[Node, ...]] = {}
+        self._pins: dict[str, Sequence[Node]] = {}
         self._lock = threading.Lock()
         self._assembled: _Assembled | None = None
         self._pool = ThreadPoolExecutor(2, "assemble")
@@ -227,7 +228,7 @@ class PrefixStore:
         if not node.disk_bytes:
             return []  # told already
         self._index.leave_disk(node)
-        return [pin for pin, nodes in self._pins.items() if any(node is leased for leased in nodes)]
+        return [pin for pin, nodes in self._pins.items() if node in nodes]
 
     def n_unread(self, held: Held) -> int:
         """Tokens of a match that are not in host RAM yet."""
@@ -341,7 +342,7 @@ class PrefixStore:
                         raise NoRoom(len(wanted) * self._tier.slot_bytes, self._tier.n_free * self._tier.slot_bytes)
                     self._index.pin(path)
                     self._unpin(pin)
-                    self._pins[pin] = tuple(path)
+                    self._pins[pin] = self._index.keep(path)
                 elif self._durable and any(self._durable.is_ghost(node) for node in path[len(have.nodes) :]):
                     self._durable.admit(path)
         finally:
@@ -410,7 +411,9 @@ class PrefixStore:
     ) -> Node:  # fmt: skip
         """Put a block that lies in `slot` into the index, locked. Lock held."""
         now_s = self._clock.monotonic()
-        if known is not None and known.is_hollow and known.parent is not None and known.id >= 0:
+        if known is not None:  # hollow, and gone if what hung on it made room
+            known = self._index.child(root, above, prompt.tokens, extent)
+        if known is not None and known.is_hollow:
             self._index.fill(known, slot, now_s=now_s, n_read=n_read)
             node = known
         else:
@@ -436,11 +439,10 @@ class PrefixStore:
         gone = self._index.evict_host(self._clock.monotonic())
         if gone is None:
             return False
-        node, slot = gone
-        self._tier.free(slot)
+        self._tier.free(gone.slot)
         self.counters.evicted_host += 1
         if self._durable:
-            self._durable.left_host(node)
+            self._durable.left_host(gone)
         return True
 
     # --- leases

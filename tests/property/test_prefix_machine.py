@@ -1,4 +1,8 @@
-"""The prefix index against a naive twin: a dictionary of whole prompts with the pieces they were stored with."""
+"""The prefix index against a naive twin: a dictionary of whole prompts with the pieces they were stored with.
+
+Blocks also go to disk, get lost there, are leased, and leave either tier: then less is found, never something else, and what
+is locked or leased stays.
+"""
 
 import numpy as np
 from hypothesis import settings
@@ -6,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from keepwarm.engine.chunks import pieces, storable, usable
+from keepwarm.engine.eviction import POLICIES, policy
 from keepwarm.engine.prefix import PrefixIndex, root_key
 
 ROOTS = [root_key("model", tenant) for tenant in ("a", "b")]
@@ -23,13 +28,14 @@ def bits(tokens, parts, g, n):
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    @initialize(g=st.sampled_from([1, 8, 64]), room=st.integers(4, 40))
-    def start(self, g, room):
+    @initialize(g=st.sampled_from([1, 8, 64]), room=st.integers(4, 40), name=st.sampled_from(POLICIES))
+    def start(self, g, room, name):
         self.g, self.room = g, room
-        self.index = PrefixIndex()
+        self.index = PrefixIndex(policy(name, room), policy(name, room))
         self.stored = {root: [] for root in ROOTS}  # what was ever stored, as bit strings
         self.evicted = False
         self.locked = []
+        self.pinned = []
 
     def prompt(self, seed, n, fork, marks):
         tokens = np.random.default_rng(seed).integers(0, 3, 300).astype(np.int32)
@@ -52,12 +58,18 @@ class PrefixMachine(RuleBasedStateMachine):
         self.index.lock(have.nodes)
         path = list(have.nodes)
         for extent in wanted:
-            if len(self.index) >= self.room:
-                self.evicted = True
-                if self.index.evict_host() is None:
-                    break
-            node, gone = self.index.add(root, path[-1] if path else None, tokens, extent, slot=0)
-            assert not any(g.locks or g.pins for g in gone)
+            above = path[-1] if path else None
+            node = self.index.child(root, above, tokens, extent)
+            if node is None or node.is_hollow:
+                if len(self.index) >= self.room:
+                    self.evicted = True
+                    if self.index.evict_host() is None:
+                        break
+                    node = self.index.child(root, above, tokens, extent)  # may have gone with what hung on it
+                if node is None:
+                    node, _ = self.index.add(root, above, tokens, extent, slot=0)
+                else:
+                    self.index.fill(node, 0)
             self.index.lock([node])
             path.append(node)
         self.index.unlock(path)
@@ -92,13 +104,76 @@ class PrefixMachine(RuleBasedStateMachine):
         if self.locked:
             self.index.unlock(self.locked.pop())
 
+    def pick(self, data, wanted):
+        nodes = sorted(filter(wanted, self.index.nodes()), key=lambda node: node.id)
+        return data.draw(st.sampled_from(nodes)) if nodes else None
+
+    @rule(data=st.data())
+    def write(self, data):
+        """On disk is always a whole chain from its root."""
+        above = [None, *(node for node in self.index.nodes() if node.disk_bytes)]
+        node = self.pick(data, lambda node: not node.disk_bytes and node.slot >= 0 and (parent_of(node) in above))
+        if node is not None:
+            self.index.stored(node, 100 + node.n_tokens)
+
+    @rule(data=st.data())
+    def lose_on_disk(self, data):
+        node = self.pick(data, lambda node: node.disk_bytes)
+        if node is not None:
+            self.evicted = True
+            self.index.leave_disk(node)
+
+    @rule(data=st.data())
+    def read_from_disk(self, data):
+        node = self.pick(data, lambda node: node.disk_bytes and node.slot < 0)
+        if node is not None:
+            self.index.fill(node, 0)
+
+    @rule(host=st.booleans())
+    def evict(self, host):
+        keys = {node.key for node in self.index.nodes()}
+        gone = self.index.evict_host() if host else self.index.evict_disk()
+        if gone is not None:
+            self.evicted = True
+            assert (gone if host else gone[0]).key in keys
+
+    @rule(data=st.data())
+    def pin(self, data):
+        node = self.pick(data, lambda node: True)
+        path = []
+        while node is not None:
+            path.insert(0, node)
+            node = parent_of(node)
+        if not any(node.is_hollow for node in path):
+            self.index.pin(path)
+            self.pinned.append(self.index.keep(path))
+
+    @rule()
+    def unpin(self):
+        if self.pinned:
+            self.index.unpin(self.pinned.pop(0))
+
+    @rule()
+    def reclaim(self):
+        """What is said to be reclaimable can be had, one after the other."""
+        n, n_evicted = self.index.n_reclaimable(), 0
+        while self.index.evict_host() is not None:
+            n_evicted += 1
+        self.evicted |= n_evicted > 0
+        assert n_evicted == n
+
     @invariant()
     def consistent(self):
         self.index.check_integrity()
         assert len(self.index) <= self.room + 6
-        for nodes in self.locked:
-            for node in nodes:
-                assert any(node is known for known in self.index.nodes())
+        there = set(self.index.nodes())
+        assert all(node in there and node.locks for nodes in self.locked for node in nodes)
+        assert all(node in there and node.pins for nodes in self.pinned for node in nodes)
+
+
+def parent_of(node):
+    """The block before it in its chain, None for the first."""
+    return node.parent if node.parent.parent is not None else None
 
 
 def shared(wanted, stored):

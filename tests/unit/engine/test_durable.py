@@ -13,7 +13,7 @@ from keepwarm.engine.prefix import root_key
 from keepwarm.engine.scripted import ScriptedModel
 from keepwarm.engine.selftest import layout_of
 from keepwarm.engine.store import NoRoom, PrefixStore, slot_bytes
-from keepwarm.engine.tiers import Damage, HostTier
+from keepwarm.engine.tiers import Damage, HostTier, TierFault
 from tests.cold import evaluate, values
 from tests.unit.engine.conftest import tokens
 
@@ -145,6 +145,24 @@ def test_a_lease_that_was_given_back_does_not_come_back(cabinet):
     kept.reopen()
     assert kept.store.pins == ()
     assert kept.pool == (96, 4, 0)  # best effort from then on, but still there
+
+
+def test_a_lease_given_back_before_it_is_written_may_lose_its_blocks_and_is_answered(cabinet):
+    kept = cabinet()
+    kept.lease(prompt(128))
+    writer, index = kept.store._durable._writer, kept.store._index
+    busy, told, faults = threading.Event(), threading.Event(), []
+    writer.submit(busy.wait)
+    kept.store.make_durable("object", lambda fault: (faults.append(fault), told.set()))
+    kept.store.unpin("object")
+    for _ in range(2):
+        kept.host.free(index.evict_host().slot)
+        kept.disk.delete(index.evict_disk()[0].key)
+    busy.set()
+    assert told.wait(30)
+    assert isinstance(faults[0], TierFault)
+    kept.reopen()
+    assert kept.store.pins == ()
 
 
 def test_a_lease_larger_than_the_budget_is_refused_with_numbers_and_evicts_nothing(cabinet):

@@ -6,7 +6,7 @@ import pytest
 from keepwarm.engine.chunks import pieces
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.layout import BLOCK_TOKENS
-from keepwarm.engine.prefix import DoubleInsert, Missing, PrefixIndex, block_key, common_length, extents, root_key
+from keepwarm.engine.prefix import DoubleInsert, Gone, Missing, PrefixIndex, block_key, common_length, extents, root_key
 from tests.unit.engine.conftest import tokens
 
 ROOT = root_key("model", "a")
@@ -29,8 +29,12 @@ def found(index, prompt, *, marks=(), g=1, root=ROOT):
 
 
 def evicted(index, n):
-    """The next n nodes that the host tier gives up."""
-    return [gone[0] if (gone := index.evict_host()) else None for _ in range(n)]
+    """Keys of the next n blocks that the host tier gives up."""
+    return [gone.key if (gone := index.evict_host()) else None for _ in range(n)]
+
+
+def keys(nodes):
+    return [node.key for node in nodes]
 
 
 def forked(prompt, at, seed=9):
@@ -108,11 +112,12 @@ def test_an_open_block_does_not_serve_the_last_token_of_a_closed_one():
 def test_a_longer_block_makes_the_shorter_one_superfluous():
     index, prompt = PrefixIndex(), tokens(100)
     short = store(index, prompt, 80)[-1]
+    key = short.key
     parts = pieces(100, (), 1)
     have, wanted = index.missing(ROOT, prompt, parts, 100)
     assert (have.n_tokens, wanted) == (64, [Missing(64, 100, closed=False)])
     _, gone = index.add(ROOT, have.nodes[-1], prompt, wanted[0], slot=9)
-    assert gone == [short]
+    assert gone == [Gone(key, n_tokens=16, slot=1, disk_bytes=0)]
     assert len(index) == 2
     index.check_integrity()
 
@@ -149,7 +154,7 @@ def test_adding_a_block_twice_is_our_bug(marks):
 
 def test_leaves_go_first_and_an_empty_index_has_nothing_to_give():
     index = PrefixIndex()
-    path = store(index, tokens(200))
+    path = keys(store(index, tokens(200)))
     assert evicted(index, 5) == [*reversed(path), None]
     assert len(index) == 0
     index.check_integrity()
@@ -158,25 +163,26 @@ def test_leaves_go_first_and_an_empty_index_has_nothing_to_give():
 def test_locks_and_pins_are_counted_and_keep_all_above_them():
     index = PrefixIndex()
     path = store(index, tokens(192))
+    first, second, third = keys(path)
     index.lock(path[1:2])
     index.lock(path[1:2])
     index.pin(path[1:2])
     assert (index.n_reclaimable(), index.n_pinned) == (1, 1)
-    assert evicted(index, 1) == [path[2]]
+    assert evicted(index, 1) == [third]
     for give_back in (index.unlock, index.unlock, index.unpin):
         assert evicted(index, 1) == [None]
         assert index.n_reclaimable() == 0
         give_back(path[1:2])
     assert (index.n_reclaimable(), index.n_pinned) == (2, 0)
-    assert evicted(index, 2) == [path[1], path[0]]
+    assert evicted(index, 2) == [second, first]
 
 
 def test_what_was_used_again_stays_longer():
     index = PrefixIndex()
     (old,) = store(index, tokens(64))
-    (new,) = store(index, tokens(64, seed=1))
+    new = keys(store(index, tokens(64, seed=1)))
     index.touch([old])
-    assert evicted(index, 1) == [new]
+    assert evicted(index, 1) == new
 
 
 def test_the_policies_given_are_the_ones_that_are_asked():
@@ -185,6 +191,83 @@ def test_the_policies_given_are_the_ones_that_are_asked():
     (node,) = store(index, tokens(64))
     index.stored(node, 100)
     assert (len(host), len(disk)) == (1, 1)
+
+
+def test_ids_of_blocks_that_went_are_used_again():
+    index = PrefixIndex()
+    before = {node.id for node in store(index, tokens(200))}
+    evicted(index, 4)
+    assert {node.id for node in store(index, tokens(200, seed=1))} <= before | {0}  # the root's, which went with them
+
+
+def test_a_handle_of_a_block_that_went_does_nothing_to_its_successor():
+    index = PrefixIndex()
+    (old,) = store(index, tokens(64))
+    index.evict_host()
+    (new,) = store(index, tokens(64))
+    for act in (index.lock, index.pin, index.touch, index.keep):
+        with pytest.raises(AssertionError, match="gone"):
+            act([old])
+    assert (new.locks, new.pins) == (0, 0)
+    assert new != old
+
+
+def test_what_left_is_told_with_what_the_caller_must_free():
+    index = PrefixIndex()
+    (node,) = store(index, tokens(64))
+    key = node.key
+    index.stored(node, 500)
+    assert index.evict_host() == Gone(key, 64, slot=0, disk_bytes=500)
+    assert (node.slot, node.disk_bytes) == (-1, 500)  # it is there still
+    assert index.evict_disk() == (Gone(key, 64, slot=-1, disk_bytes=500), [])
+    assert len(index) == 0
+
+
+def test_the_disk_keeps_whole_chains_also_where_the_host_tier_has_all_of_them():
+    index = PrefixIndex()
+    path = store(index, tokens(192))
+    first, second, third = keys(path)
+    for node in path:
+        index.stored(node, 500)
+    assert [index.evict_disk()[0].key for _ in range(3)] == [third, second, first]
+    assert (index.evict_disk(), index.n_on_disk, len(index)) == (None, 0, 3)
+
+
+def test_a_leased_block_that_is_lost_on_disk_counts_as_held_in_the_host_tier_again():
+    index = PrefixIndex()
+    (node,) = store(index, tokens(64))
+    index.pin([node])
+    index.stored(node, 500)
+    assert (index.n_pinned, index.disk_bytes_leased) == (0, 500)
+    index.leave_disk(node)
+    assert (index.n_pinned, index.disk_bytes_leased) == (1, 0)
+    index.check_integrity()
+
+
+def test_where_nothing_else_may_go_from_disk_a_block_goes_with_what_hangs_on_it_in_the_host_tier():
+    index = PrefixIndex()
+    path = store(index, tokens(192))
+    first = path[0].key
+    index.stored(path[0], 500)
+    assert index.evict_host().key == first  # a copy of what is on disk goes before the leaves: it was used before them
+    gone, slots = index.evict_disk()
+    assert (gone.key, slots, len(index)) == (first, [2, 1], 0)
+    index.check_integrity()
+
+
+def test_a_damaged_block_that_something_hangs_on_is_filled_again():
+    index, prompt = PrefixIndex(), tokens(128)
+    path = store(index, prompt)
+    index.stored(path[0], 500)
+    index.evict_host()
+    index.leave_disk(path[0])
+    assert (path[0].is_hollow, found(index, prompt), len(index)) == (True, 0, 2)
+    have, wanted = index.missing(ROOT, prompt, pieces(128, (), 1), 128)
+    assert (have.n_tokens, len(wanted)) == (0, 2)
+    assert index.child(ROOT, None, prompt, wanted[0]) == path[0]
+    index.fill(path[0], 7)
+    assert found(index, prompt) == 128
+    index.check_integrity()
 
 
 def test_a_root_that_lost_everything_can_be_used_again():

@@ -101,6 +101,21 @@ def test_a_restored_stream_has_the_cold_cells_and_goes_on_like_it(g):
     assert np.array_equal(values(shelf.model, 2), cold)
 
 
+def test_a_hollow_block_that_goes_while_room_is_made_for_it_is_added_anew():
+    shelf = Shelf(blocks=2)
+    shelf.save(prompt(128))
+    index = shelf.store._index
+    (first,) = (node for node in index.nodes() if node.start == 0)
+    index.stored(first, 100)
+    shelf.tier.free(index.evict_host().slot)
+    index.leave_disk(first)  # damaged: hollow now, held by the block behind it
+    shelf.save(prompt(64, seed=1))
+    other = shelf.store.hold(prompt(64, seed=1), want_logits=False)
+    assert shelf.save(prompt(64)) == 64  # the only victim is the block behind the hollow one
+    shelf.store.release(other)
+    assert (shelf.found(prompt(128), want_logits=False), shelf.blocks) == (64, (0, 2, 0))
+
+
 def test_a_context_asked_about_again_is_not_put_together_again(shelf):
     context = tokens(192)
     shelf.save(prompt(192))
