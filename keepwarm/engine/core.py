@@ -340,7 +340,8 @@ class EngineCore:
             self._store.speeds.observe_prefill(rows, run.pos, spent)
         run.pos += rows
         if self._store and run.pos in run.points:  # later it cannot be taken out of the state any more
-            self._store.save(run.prompt, run.pos, self._model, run.stream, spend=False, pin=None)
+            write_end = run.plan.write_end
+            self._store.save(run.prompt, run.pos, self._model, run.stream, spend=False, pin=None, write_end=write_end)
         run.evaluate_s += spent
         self.counters.evaluated += rows
         run.passed_over = 0
@@ -452,7 +453,10 @@ class EngineCore:
     def _leave(self, run: Run) -> None:
         if run.stream is not None and self._store and run.plan.store and run.n_evaluated > run.n_read:
             try:
-                self._store.save(run.prompt, run.n_evaluated, self._model, run.stream, spend=True, pin=None)
+                self._store.save(
+                    run.prompt, run.n_evaluated, self._model, run.stream, spend=True, pin=None,
+                    write_end=run.plan.write_end,
+                )  # fmt: skip
             except ModelFault:  # the answer is out; the next turn over this prompt misses
                 self.counters.save_faults += 1
         self._release(run)

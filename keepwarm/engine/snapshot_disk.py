@@ -68,9 +68,14 @@ class SnapshotDisk:
 
     # --- asked for
 
-    def admit(self, snapshot: Snapshot) -> None:
-        """Write it soon, if it was hit often enough, lies in RAM alone, and not too much is waiting."""
-        if snapshot.hits < HITS_TO_DISK or not snapshot.in_ram or snapshot.disk_bytes or snapshot.key in self._writing:
+    def admit(self, snapshot: Snapshot, *, asked: bool = False) -> None:
+        """Write it soon, if it was `asked` for or hit often enough, lies in RAM alone, and not too much is waiting."""
+        if (
+            (snapshot.hits < HITS_TO_DISK and not asked)
+            or not snapshot.in_ram
+            or snapshot.disk_bytes
+            or snapshot.key in self._writing
+        ):
             return
         if len(self._writing) < WAITING_MAX:
             self._index.lock(snapshot, self._clock.monotonic())

@@ -233,13 +233,15 @@ class SnapshotStore:
         return max(0, point - max((snapshot.n_tokens for snapshot in stored), default=0))
 
     def save(
-        self, prompt: Prompt, n_evaluated: int, model: Model, stream: int, *, spend: bool, pin: str | None
+        self, prompt: Prompt, n_evaluated: int, model: Model, stream: int, *, spend: bool, pin: str | None,
+        write_end: int = 0,
     ) -> int:  # fmt: skip
         """Store the state of the first `n_evaluated` tokens if `stream` holds exactly these; the tokens that this added.
 
         Nothing is stored elsewhere than where the bits can be shared. With `pin` it stays until `unpin(pin)`: raises NoRoom
         when that cannot be had, before anything is evicted for it. A stream that is past the last snapshot point pins what
-        was saved there; ModelFault when nothing was. `spend` changes nothing: a state is taken whole. Compute thread only.
+        was saved there; ModelFault when nothing was. `spend` changes nothing: a state is taken whole. One of up to
+        `write_end` tokens was asked for by a breakpoint and goes to the disk at once. Compute thread only.
         """
         del spend
         parts, root = self.pieces(prompt), self._root(prompt.tenant)
@@ -260,6 +262,9 @@ class SnapshotStore:
             try:
                 if pin is not None:
                     self._pin(pin, snapshot)
+                elif self._durable and n <= write_end:
+                    with self._lock:
+                        self._durable.admit(snapshot, asked=True)
             finally:
                 with self._lock:
                     self._index.unlock(snapshot, self._clock.monotonic())

@@ -317,12 +317,16 @@ class PrefixStore:
             have, _ = self._index.missing(self._root(prompt.tenant), prompt.tokens, parts, n)
         return n - have.n_tokens
 
-    def save(self, prompt: Prompt, n_evaluated: int, model: Model, stream: int, *, spend: bool, pin: str | None) -> int:
+    def save(
+        self, prompt: Prompt, n_evaluated: int, model: Model, stream: int, *, spend: bool, pin: str | None,
+        write_end: int = 0,
+    ) -> int:  # fmt: skip
         """Store what is new of the first `n_evaluated` tokens of `stream`; returns how many tokens were added.
 
         `spend`: the stream is not needed any more, so cells that are stored already are dropped before saving. With
         `pin` all of it stays until `unpin(pin)`; raises NoRoom when that cannot be had, before anything is evicted for
-        it. Without it, what finds no room is not stored. Compute thread only.
+        it. Without it, what finds no room is not stored. Blocks that begin before `write_end` were asked for by a
+        breakpoint, so they go to the disk without being seen twice. Compute thread only.
         """
         parts = self.pieces(prompt)
         n = storable(n_evaluated, parts, self.granularity)
@@ -345,6 +349,8 @@ class PrefixStore:
                     self._pins[pin] = self._index.keep(path)
                 elif self._durable and any(self._durable.is_ghost(node) for node in path[len(have.nodes) :]):
                     self._durable.admit(path)
+                elif self._durable:
+                    self._durable.admit([node for node in path if node.start < write_end])
         finally:
             with self._lock:
                 self._index.unlock(path)

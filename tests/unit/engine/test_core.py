@@ -60,6 +60,19 @@ def test_a_write_is_what_was_evaluated_up_to_write_end(rig):
     assert (usage.cache_write, usage.fresh, usage.cache_read) == (0, 0, 300)
 
 
+def test_no_more_is_read_than_the_plan_allows_and_the_count_says_so():
+    rig = Rig()
+    prompt = tokens(500)
+    expected, _ = rig.run(prompt, marks=[100, 300])
+    for read_end, n_read in ((0, 0), (100, 100), (300, 300), (None, 498)):
+        answer, usage = rig.run(prompt, marks=[100, 300], read_end=read_end, write_end=300, write_long_end=100)
+        assert answer == expected
+        assert usage.cache_read == n_read
+        assert usage.cache_write == max(0, 300 - n_read)
+        assert usage.cache_write_long == max(0, 100 - n_read)
+        assert usage.prompt == 500
+
+
 def test_another_tenant_never_hits_and_the_same_one_does(rig):
     rig.run(tokens(500), tenant="a")
     _, usage = rig.run(tokens(500), tenant="b")

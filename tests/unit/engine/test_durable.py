@@ -63,9 +63,9 @@ class Cabinet:
         self.close()
         return self.open(**kwargs)
 
-    def save(self, prompt, *, pin=None):
+    def save(self, prompt, *, pin=None, write_end=0):
         n_evaluated = evaluate(self.model, prompt)
-        self.store.save(prompt, n_evaluated, self.model, 0, spend=False, pin=pin)
+        self.store.save(prompt, n_evaluated, self.model, 0, spend=False, pin=pin, write_end=write_end)
         self.store.flush()
         self.check()
 
@@ -221,6 +221,14 @@ def test_what_was_asked_for_once_stays_off_the_disk(cabinet):
     kept.store.hold(prompt(300), want_logits=True, uses=False)  # a look is no use
     kept.store.flush()
     assert kept.block_files() == []
+
+
+def test_what_a_breakpoint_asked_for_is_written_at_once(cabinet):
+    kept = cabinet()
+    kept.save(prompt(300), write_end=130)
+    assert kept.pool[1] == 3  # blocks that begin before token 130
+    kept.reopen()
+    assert kept.read(prompt(300)) == (192, "disk")
 
 
 def test_what_is_asked_for_twice_is_written(cabinet):
