@@ -5,13 +5,16 @@ servers. The non-streamed body is the stream, collected by the same renderer.
 """
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Protocol
 
 from msgspec import Struct
 
 from keepwarm.core.errors import ApiError
-from keepwarm.core.event import Event
+from keepwarm.core.event import Event, ToolCallDelta
 from keepwarm.core.request import ChatRequest
+
+CALL_ID_BYTES = 12  # 24 hex digits, the length of OpenAI's and Anthropic's ids of calls
 
 
 class WireBounds(Struct, frozen=True):
@@ -68,6 +71,11 @@ class Identity(Struct, frozen=True):
     turn_id: str
     created: int
 
+    def call_digest(self, call: ToolCallDelta) -> str:
+        """What an id of a tool call is made from. Derived from the turn, so that rendering it again gives the same id."""
+        place = f"{self.turn_id}/{call.choice}/{call.index}".encode()
+        return blake2b(place, digest_size=CALL_ID_BYTES).hexdigest()
+
 
 class Parsed(Struct, frozen=True):
     """A parsed request and what only the renderer needs to know."""
@@ -90,9 +98,14 @@ class Renderer(Protocol):
 
 
 class ChatDialect(Protocol):
-    """One vendor's chat endpoint."""
+    """One vendor's chat endpoint.
+
+    `id_prefix` begins the ids of its turns. `keepalive` is sent in a stream's silence, None: a comment line.
+    """
 
     name: str
+    id_prefix: str
+    keepalive: Frame | None
 
     def parse_chat(self, headers: Mapping[str, str], body: bytes) -> Parsed:
         """Raises ApiError(INVALID_REQUEST) with the path of the offending field. Header names are lower-case."""
@@ -104,4 +117,6 @@ class ChatDialect(Protocol):
         """Extra response headers for a turn that used a cache object."""
         ...
 
-    def render_error(self, error: ApiError) -> ErrorReply: ...
+    def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:
+        """`request_id` goes into the body where the vendor's has it."""
+        ...

@@ -50,17 +50,43 @@ class JsonBody(Generic[T]):
             raise ApiError(ErrorKind.INVALID_REQUEST, "the body is nested too deeply") from exc
 
 
-def json_text(value: dict[str, Any], path: str, bounds: WireBounds) -> str:
-    """A schema that only passes through, as compact JSON text in the order its members were sent.
+def passed_on(value: dict[str, Any], path: str, bounds: WireBounds) -> str:
+    """JSON that only passes through, as compact text in the order its members were sent.
 
-    Raises ApiError(INVALID_REQUEST) when it is deeper or longer than `bounds` allow.
+    Raises ApiError(INVALID_REQUEST) when it is deeper than `bounds` allow.
     """
     if _is_deeper(value, bounds.schema_depth_max):
         raise invalid(path, f"is nested more than {bounds.schema_depth_max} levels deep")
-    text = msgspec.json.encode(value)
-    if len(text) > bounds.schema_bytes_max:
-        raise invalid(path, f"has {len(text):,} bytes, at most {bounds.schema_bytes_max:,} are allowed")
-    return text.decode()
+    return msgspec.json.encode(value).decode()
+
+
+def json_text(value: dict[str, Any], path: str, bounds: WireBounds) -> str:
+    """A schema that only passes through, as compact JSON text.
+
+    Raises ApiError(INVALID_REQUEST) when it is deeper or longer than `bounds` allow.
+    """
+    text = passed_on(value, path, bounds)
+    n_bytes = len(text.encode())
+    if n_bytes > bounds.schema_bytes_max:
+        raise invalid(path, f"has {n_bytes:,} bytes, at most {bounds.schema_bytes_max:,} are allowed")
+    return text
+
+
+def require_stop_string(string: str, path: str, bounds: WireBounds) -> None:
+    """Raises ApiError(INVALID_REQUEST) for an empty or too long one."""
+    n_bytes = len(string.encode())
+    if n_bytes == 0:
+        raise invalid(path, "must not be empty")
+    if n_bytes > bounds.stop_bytes_max:
+        raise invalid(path, f"has {n_bytes:,} bytes, at most {bounds.stop_bytes_max:,} are allowed")
+
+
+def require_new_name(name: str, seen: Collection[str], path: str, pattern: re.Pattern[str]) -> None:
+    """Raises ApiError(INVALID_REQUEST) for a tool's name that does not match or that an earlier one has."""
+    if not pattern.fullmatch(name):
+        raise invalid(path, f"{quoted(name)} does not match {pattern.pattern}")
+    if name in seen:
+        raise invalid(path, f"{quoted(name)} is defined twice")
 
 
 def require_at_most(items: Collection[object], limit: int, path: str, what: str) -> None:

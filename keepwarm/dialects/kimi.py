@@ -18,8 +18,9 @@ from keepwarm.core.event import ToolCallDelta
 from keepwarm.core.request import AnyText, CacheUse, ChatRequest, Message
 from keepwarm.dialects import CacheReport, ErrorReply, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody, invalid, quoted
-from keepwarm.dialects.openai_answer import AnswerForm, ChatRenderer
-from keepwarm.dialects.openai_error import ErrorRow, error_reply
+from keepwarm.dialects.error_table import ErrorRow
+from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer
+from keepwarm.dialects.openai_error import error_reply
 from keepwarm.dialects.openai_model import kimi_model, render_model_list
 from keepwarm.dialects.openai_request import (
     ROLES,
@@ -99,12 +100,14 @@ class KimiChat:
     """`ChatDialect` for Kimi's POST /chat/completions, its models list and its token estimate."""
 
     name = "kimi"
+    id_prefix = CHAT_ID_PREFIX
+    keepalive = None
 
     def __init__(self, bounds: WireBounds) -> None:
         self._rules = RequestRules(bounds, DEFAULT_TEMPERATURE, FUNCTION_NAME)
         self._body = JsonBody(KimiChatCompletionRequest)
         self._encoder = msgspec.json.Encoder()
-        self._form = AnswerForm(kimi_usage=True, call_index=True, call_id=_call_id, render_error=self.render_error)
+        self._form = AnswerForm(self.render_error, _call_id, call_index=True, kimi_usage=True)
 
     def parse_chat(self, headers: Mapping[str, str], body: bytes) -> Parsed:
         """Raises ApiError(INVALID_REQUEST) with the path of the offending field. Header names are lower-case."""
@@ -133,7 +136,7 @@ class KimiChat:
             ("msh-context-cache-token-ttl", str(max(report.expires_at - report.now, 0))),
         )
 
-    def render_error(self, error: ApiError) -> ErrorReply:
+    def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)
         return error_reply(KIMI_ERRORS, error)
 
     def render_model(self, name: str, created: int, n_ctx: int | None) -> bytes:

@@ -1,20 +1,18 @@
 """The OpenAI dialect: chat completions and the models list.
 
 Bodies and their checks are in openai_request.py, answers in openai_answer.py, errors in openai_error.py. Kimi's dialect
-(kimi.py) stands on the same files.
+(kimi.py) and MiniMax's (minimax.py) stand on the same files.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 
 import msgspec
 
 from keepwarm.core.errors import ApiError
-from keepwarm.core.event import ToolCallDelta
 from keepwarm.dialects import CacheReport, ErrorReply, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody
-from keepwarm.dialects.openai_answer import AnswerForm, ChatRenderer
+from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer, digest_call_id
 from keepwarm.dialects.openai_error import OPENAI_ERRORS, error_reply
 from keepwarm.dialects.openai_model import openai_model, render_model_list
 from keepwarm.dialects.openai_request import (
@@ -28,19 +26,20 @@ from keepwarm.dialects.openai_request import (
 
 DEFAULT_TEMPERATURE = 1.0
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}", re.ASCII)
-CALL_ID_BYTES = 12  # 24 hex digits after "call_", the length OpenAI's have
 
 
 class OpenAIChat:
     """`ChatDialect` for OpenAI's POST /chat/completions, and its models list."""
 
     name = "openai"
+    id_prefix = CHAT_ID_PREFIX
+    keepalive = None
 
     def __init__(self, bounds: WireBounds) -> None:
         self._rules = RequestRules(bounds, DEFAULT_TEMPERATURE, FUNCTION_NAME)
         self._body = JsonBody(ChatCompletionRequest)
         self._encoder = msgspec.json.Encoder()
-        self._form = AnswerForm(kimi_usage=False, call_index=False, call_id=_call_id, render_error=self.render_error)
+        self._form = AnswerForm(self.render_error, digest_call_id)
 
     def parse_chat(self, headers: Mapping[str, str], body: bytes) -> Parsed:  # noqa: ARG002 (the protocol's)
         """Raises ApiError(INVALID_REQUEST) with the path of the offending field. No header has a meaning here."""
@@ -56,7 +55,7 @@ class OpenAIChat:
         """None: OpenAI has no cache objects."""
         return ()
 
-    def render_error(self, error: ApiError) -> ErrorReply:
+    def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)
         return error_reply(OPENAI_ERRORS, error)
 
     def render_model(self, name: str, created: int, n_ctx: int | None) -> bytes:
@@ -66,9 +65,3 @@ class OpenAIChat:
     def render_models(self, names: Sequence[str], created: int, n_ctx: int | None) -> bytes:
         """The body of GET /models."""
         return render_model_list([openai_model(name, created, n_ctx) for name in names])
-
-
-def _call_id(_parsed: Parsed, identity: Identity, call: ToolCallDelta) -> str:
-    """Derived from the turn, so that rendering a turn again gives the same id."""
-    place = f"{identity.turn_id}/{call.choice}/{call.index}".encode()
-    return f"call_{blake2b(place, digest_size=CALL_ID_BYTES).hexdigest()}"

@@ -5,6 +5,7 @@ same chunk choices together. `completion_usage` is the one place where counts be
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -24,10 +25,13 @@ from keepwarm.core.event import (
     Usage,
 )
 from keepwarm.dialects import ErrorReply, Frame, Identity, Parsed
+from keepwarm.dialects.openai_diagnostics import CacheDiagnostics, cache_diagnostics
 
 LOGPROB_MIN = -9999.0  # OpenAI's number for "very unlikely"; JSON has no minus infinity
+THINK, THINK_END = "<think>", "</think>"
 
 DONE = Frame(b"[DONE]")
+CHAT_ID_PREFIX = "chatcmpl-"
 
 
 class PromptTokensDetails(Struct):
@@ -38,13 +42,17 @@ class PromptTokensDetails(Struct):
 
 
 class CompletionUsage(Struct):
-    """The engine's counts in tokens; `prompt_tokens` includes the cached ones. The flat `cached_tokens` is Kimi's."""
+    """The engine's counts in tokens; `prompt_tokens` includes the cached ones.
+
+    The flat `cached_tokens` is Kimi's, `total_characters` MiniMax's, which is always 0.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     cached_tokens: int | UnsetType = UNSET
+    total_characters: int | UnsetType = UNSET
 
 
 class TopLogprob(Struct):
@@ -86,12 +94,23 @@ class ToolCallChunk(Struct):
     type: str | UnsetType = UNSET
 
 
+class ReasoningDetail(Struct):
+    """A piece of what the model thought, as MiniMax tells it when it is to be apart from the answer."""
+
+    text: str
+    type: str = "reasoning.text"
+    id: str = "reasoning-text-1"
+    format: str = "MiniMax-response-v1"
+    index: int = 0
+
+
 class ChunkDelta(Struct):
-    """What a chunk adds to its choice's message."""
+    """What a chunk adds to its choice's message. In a stream `reasoning_details` holds only what is new."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
+    reasoning_details: tuple[ReasoningDetail, ...] | UnsetType = UNSET
     tool_calls: tuple[ToolCallChunk, ...] | UnsetType = UNSET
 
 
@@ -114,6 +133,7 @@ class ChatCompletionChunk(Struct):
     model: str
     choices: tuple[ChunkChoice, ...]
     usage: CompletionUsage | UnsetType | None = UNSET
+    prompt_cache_diagnostics: CacheDiagnostics | UnsetType = UNSET
 
 
 class AnswerFunction(Struct):
@@ -139,6 +159,7 @@ class AnswerMessage(Struct):
     content: str | None
     refusal: str | None = None
     reasoning_content: str | UnsetType = UNSET
+    reasoning_details: tuple[ReasoningDetail, ...] | UnsetType = UNSET
     tool_calls: tuple[AnswerToolCall, ...] | UnsetType = UNSET
 
 
@@ -160,19 +181,31 @@ class ChatCompletion(Struct):
     model: str
     choices: tuple[ChatChoice, ...]
     usage: CompletionUsage
+    prompt_cache_diagnostics: CacheDiagnostics | UnsetType = UNSET
+
+
+ReasoningForm = Literal["reasoning_content", "reasoning_details", "tags"]
 
 
 class AnswerForm(Struct, frozen=True):
     """What differs between the dialects that share these answers.
 
     `kimi_usage`: the flat `cached_tokens`, and each choice's usage in the chunk that finishes it. `call_index`: whole
-    tool calls carry their `index`. `call_id` makes the id of a call from its first delta.
+    tool calls carry their `index`. `call_id` makes the id of a call from its first delta. `reasoning`: what the model
+    thinks is in a member of that name, or in `content` between tags. `total_characters`: usage has that member.
     """
 
-    kimi_usage: bool
-    call_index: bool
-    call_id: Callable[[Parsed, Identity, ToolCallDelta], str]
     render_error: Callable[[ApiError], ErrorReply]
+    call_id: Callable[[Parsed, Identity, ToolCallDelta], str]
+    call_index: bool = False
+    kimi_usage: bool = False
+    total_characters: bool = False
+    reasoning: ReasoningForm = "reasoning_content"
+
+
+def digest_call_id(_parsed: Parsed, identity: Identity, call: ToolCallDelta) -> str:
+    """An `AnswerForm.call_id`."""
+    return f"call_{identity.call_digest(call)}"
 
 
 def completion_usage(usage: Usage, form: AnswerForm, n_output: int | None = None) -> CompletionUsage:
@@ -184,6 +217,7 @@ def completion_usage(usage: Usage, form: AnswerForm, n_output: int | None = None
         total_tokens=usage.prompt + output,
         prompt_tokens_details=PromptTokensDetails(usage.cache_read, usage.cache_write),
         cached_tokens=usage.cache_read if form.kimi_usage else UNSET,
+        total_characters=0 if form.total_characters else UNSET,
     )
 
 
@@ -203,29 +237,37 @@ class ChatRenderer:
         self._wants_logprobs = parsed.request.top_logprobs is not None
         self._usage_member: UnsetType | None = None if parsed.include_usage else UNSET
         self._begun: set[int] = set()
+        self._thinking: set[int] = set()  # choices with an open <think> in their content
         self._held: list[ChoiceFinished] = []
         self._collected: dict[int, _Collected] = {}
         self._usage: Usage | None = None
         self._failed: Failed | None = None
+        self._diagnostics: CacheDiagnostics | UnsetType = UNSET  # told only when asked for
+        if parsed.request.compare_with is not None:
+            self._diagnostics = cache_diagnostics(None)
 
     def feed(self, event: Event) -> list[Frame]:
-        if isinstance(event, TextDelta):
-            choice = ChunkChoice(event.choice, ChunkDelta(content=event.text))
-            if self._wants_logprobs and event.logprobs:
-                choice.logprobs = ChoiceLogprobs(tuple(_logprob_item(token) for token in event.logprobs))
-            return self._choices([choice])
-        if isinstance(event, ReasoningDelta):
-            return self._choices([ChunkChoice(event.choice, ChunkDelta(reasoning_content=event.text))])
-        if isinstance(event, ToolCallDelta):
-            return self._choices([ChunkChoice(event.choice, ChunkDelta(tool_calls=(self._call_chunk(event),)))])
-        if isinstance(event, ChoiceFinished):
-            return self._choice_finished(event)
-        if isinstance(event, Finished):
-            return self._finished(event)
-        if isinstance(event, Failed):
-            return self._fail(event)
-        assert isinstance(event, Started)
-        return []
+        match event:
+            case TextDelta():
+                choice = ChunkChoice(event.choice, ChunkDelta(content=event.text))
+                if self._wants_logprobs and event.logprobs:
+                    choice.logprobs = ChoiceLogprobs(tuple(_logprob_item(token) for token in event.logprobs))
+                return self._choices([*self._end_of_thought(event.choice), choice])
+            case ReasoningDelta():
+                return self._choices([ChunkChoice(event.choice, self._thought(event))])
+            case ToolCallDelta():
+                calls = ChunkChoice(event.choice, ChunkDelta(tool_calls=(self._call_chunk(event),)))
+                return self._choices([*self._end_of_thought(event.choice), calls])
+            case ChoiceFinished():
+                return self._choice_finished(event)
+            case Finished():
+                return self._finished(event)
+            case Failed():
+                return self._fail(event)
+            case Started():
+                if self._diagnostics is not UNSET:
+                    self._diagnostics = cache_diagnostics(event.lookup)
+                return []
 
     def whole(self) -> bytes:
         """The JSON body of everything fed so far. Raises the turn's ApiError when it ended with `Failed`."""
@@ -243,6 +285,7 @@ class ChatRenderer:
                 model=self._model,
                 choices=tuple(choices),
                 usage=completion_usage(self._usage, self._form),
+                prompt_cache_diagnostics=self._diagnostics,
             )
         )
 
@@ -261,6 +304,9 @@ class ChatRenderer:
         return frames
 
     def _chunk(self, *choices: ChunkChoice, usage: CompletionUsage | UnsetType = UNSET) -> Frame:
+        """Diagnostics go with the usage where that has a chunk of its own, else with what finishes a choice."""
+        finishes = any(choice.finish_reason is not None for choice in choices)
+        is_last = usage is not UNSET if self._parsed.include_usage else finishes
         chunk = ChatCompletionChunk(
             id=self._identity.turn_id,
             object="chat.completion.chunk",
@@ -268,8 +314,27 @@ class ChatRenderer:
             model=self._model,
             choices=choices,
             usage=self._usage_member if usage is UNSET else usage,
+            prompt_cache_diagnostics=self._diagnostics if is_last else UNSET,
         )
         return Frame(self._encoder.encode(chunk))
+
+    def _thought(self, event: ReasoningDelta) -> ChunkDelta:
+        match self._form.reasoning:
+            case "reasoning_content":
+                return ChunkDelta(reasoning_content=event.text)
+            case "reasoning_details":
+                return ChunkDelta(reasoning_details=(ReasoningDetail(event.text),))
+            case "tags":
+                opened = "" if event.choice in self._thinking else THINK
+                self._thinking.add(event.choice)
+                return ChunkDelta(content=opened + event.text)
+
+    def _end_of_thought(self, choice: int) -> list[ChunkChoice]:
+        """What closes the tag around a choice's reasoning, if one is open."""
+        if choice not in self._thinking:
+            return []
+        self._thinking.remove(choice)
+        return [ChunkChoice(choice, ChunkDelta(content=THINK_END))]
 
     def _call_chunk(self, event: ToolCallDelta) -> ToolCallChunk:
         if event.name is None:
@@ -281,7 +346,7 @@ class ChatRenderer:
         if self._form.kimi_usage:
             self._held.append(event)  # its chunk carries usage, which comes with `Finished`
             return []
-        return self._choices([ChunkChoice(event.choice, ChunkDelta(), event.reason)])
+        return self._choices([*self._end_of_thought(event.choice), ChunkChoice(event.choice, ChunkDelta(), event.reason)])
 
     def _finished(self, event: Finished) -> list[Frame]:
         self._usage = event.usage
@@ -330,6 +395,7 @@ class _Collected:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self._details: list[str] = []
         self._logprobs: list[TokenLogprobItem] = []
         self._calls: dict[int, _CollectedCall] = {}
         self._finish_reason: FinishReason | None = None
@@ -340,6 +406,8 @@ class _Collected:
             self._text.append(delta.content)
         if delta.reasoning_content is not UNSET:
             self._reasoning.append(delta.reasoning_content)
+        if delta.reasoning_details is not UNSET:
+            self._details.extend(detail.text for detail in delta.reasoning_details)
         if delta.tool_calls is not UNSET:
             for chunk in delta.tool_calls:
                 self._calls.setdefault(chunk.index, _CollectedCall()).add(chunk)
@@ -364,6 +432,7 @@ class _Collected:
             role="assistant",
             content=None if calls and not text else text,
             reasoning_content="".join(self._reasoning) if self._reasoning else UNSET,
+            reasoning_details=(ReasoningDetail("".join(self._details)),) if self._details else UNSET,
             tool_calls=calls or UNSET,
         )
         logprobs = ChoiceLogprobs(tuple(self._logprobs)) if wants_logprobs else None

@@ -7,8 +7,7 @@ from msgspec import Struct
 
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.dialects import ErrorReply
-
-RETRY_AFTER_S = 1  # told with every 429 and 503 whose cause knows no better
+from keepwarm.dialects.error_table import ErrorRow, error_headers
 
 
 class ErrorDetail(Struct):
@@ -24,15 +23,6 @@ class ErrorBody(Struct):
     """The body of every answer with a status of 400 or more, and of a stream's last frame when a turn fails."""
 
     error: ErrorDetail
-
-
-class ErrorRow(Struct, frozen=True):
-    """How a dialect tells one `ErrorKind`. `retry` False: a client's automatic retries are pointless, tell it so."""
-
-    status: int
-    type: str
-    code: str | None = None
-    retry: bool = True
 
 
 OPENAI_ERRORS: Mapping[ErrorKind, ErrorRow] = {
@@ -60,12 +50,5 @@ OPENAI_ERRORS: Mapping[ErrorKind, ErrorRow] = {
 def error_reply(errors: Mapping[ErrorKind, ErrorRow], error: ApiError) -> ErrorReply:
     """`error` as an HTTP answer in the words of the table `errors`."""
     row = errors[error.kind]
-    headers: list[tuple[str, str]] = []
-    if error.kind is ErrorKind.UNAUTHENTICATED:
-        headers.append(("www-authenticate", "Bearer"))
-    if row.status in (429, 503) or error.retry_after_s is not None:
-        headers.append(("retry-after", str(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s)))
-    if not row.retry:
-        headers.append(("x-should-retry", "false"))
     body = ErrorBody(ErrorDetail(error.message, row.type, error.param, row.code))
-    return ErrorReply(row.status, msgspec.json.encode(body), tuple(headers))
+    return ErrorReply(row.status, msgspec.json.encode(body), error_headers(row, error))

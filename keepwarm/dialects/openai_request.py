@@ -29,7 +29,14 @@ from keepwarm.core.request import (
     ToolMode,
 )
 from keepwarm.dialects import Parsed, WireBounds
-from keepwarm.dialects.body import invalid, json_text, quoted, require_at_most
+from keepwarm.dialects.body import (
+    invalid,
+    json_text,
+    quoted,
+    require_at_most,
+    require_new_name,
+    require_stop_string,
+)
 
 SEED_MAX = 2**63 - 1
 LOGIT_BIAS_MAX = 100.0
@@ -42,6 +49,8 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
+CACHE_MODES = ("implicit", "explicit")
+TURN_ID_CHARS_MAX = 256  # ours have 30
 TOOL_MODES = {"auto": ToolMode.AUTO, "none": ToolMode.NONE, "required": ToolMode.REQUIRED}
 
 _TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
@@ -138,6 +147,17 @@ class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
+class PromptCacheOptions(Struct):
+    """`comparison_response_id` names an earlier turn to explain a cache miss against.
+
+    Prompts are cached in either mode and stay until they are evicted: `mode` and `ttl` are accepted, no more.
+    """
+
+    mode: Annotated[str, Meta(extra_json_schema={"enum": list(CACHE_MODES)})] | None = None
+    ttl: str | None = None
+    comparison_response_id: Annotated[str, Meta(max_length=TURN_ID_CHARS_MAX)] | None = None
+
+
 class ChatCompletionRequest(Struct):
     """The body of POST /chat/completions. `top_k` and `min_p` are extensions."""
 
@@ -163,6 +183,7 @@ class ChatCompletionRequest(Struct):
     tools: tuple[FunctionTool, ...] | None = None
     tool_choice: str | NamedToolChoice | None = None
     modalities: tuple[str, ...] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     functions: Any = None
     function_call: Any = None
 
@@ -194,11 +215,7 @@ def neutral_tools(tools: Sequence[FunctionTool] | None, rules: RequestRules) -> 
         function = tool.function
         if tool.type != "function":
             raise invalid(f"tools[{i}].type", f"{quoted(tool.type)} is not supported, only 'function' is")
-        if not rules.function_name.fullmatch(function.name):
-            rule = rules.function_name.pattern
-            raise invalid(f"tools[{i}].function.name", f"{quoted(function.name)} does not match {rule}")
-        if function.name in seen:
-            raise invalid(f"tools[{i}].function.name", f"{quoted(function.name)} is defined twice")
+        require_new_name(function.name, seen, f"tools[{i}].function.name", rules.function_name)
         seen.add(function.name)
         parameters = NO_PARAMETERS
         if function.parameters is not None:
@@ -228,6 +245,7 @@ def neutral_request(
         n=_n(body.n, rules.bounds),
         top_logprobs=_top_logprobs(body, rules.bounds),
         answer_format=_answer_format(body.response_format, rules.bounds),
+        compare_with=_compare_with(body.prompt_cache_options),
     )
 
 
@@ -337,12 +355,7 @@ def _stop(stop: str | tuple[str, ...] | None, bounds: WireBounds) -> tuple[str, 
     strings = (stop,) if isinstance(stop, str) else stop
     require_at_most(strings, bounds.stop_strings_max, "stop", "strings")
     for i, string in enumerate(strings):
-        n_bytes = len(string.encode())
-        path = "stop" if isinstance(stop, str) else f"stop[{i}]"
-        if n_bytes == 0:
-            raise invalid(path, "must not be empty")
-        if n_bytes > bounds.stop_bytes_max:
-            raise invalid(path, f"has {n_bytes:,} bytes, at most {bounds.stop_bytes_max:,} are allowed")
+        require_stop_string(string, "stop" if isinstance(stop, str) else f"stop[{i}]", bounds)
     return strings
 
 
@@ -375,6 +388,14 @@ def _answer_format(wanted: ResponseFormat | None, bounds: WireBounds) -> AnswerF
         raise invalid("response_format.json_schema", "is required with the type json_schema")
     schema = json_text(wanted.json_schema.schema or {}, "response_format.json_schema.schema", bounds)
     return JsonSchema(wanted.json_schema.name, schema)
+
+
+def _compare_with(options: PromptCacheOptions | None) -> str | None:
+    if options is None:
+        return None
+    if options.mode not in (None, *CACHE_MODES):
+        raise invalid("prompt_cache_options.mode", f"{quoted(options.mode)} is not one of {', '.join(CACHE_MODES)}")
+    return options.comparison_response_id
 
 
 def _tool_choice(choice: str | NamedToolChoice | None, tools: tuple[Tool, ...] | None) -> ToolChoice:
