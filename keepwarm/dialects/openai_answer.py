@@ -346,7 +346,9 @@ class ChatRenderer:
         if self._form.kimi_usage:
             self._held.append(event)  # its chunk carries usage, which comes with `Finished`
             return []
-        return self._choices([*self._end_of_thought(event.choice), ChunkChoice(event.choice, ChunkDelta(), event.reason)])
+        return self._choices(
+            [*self._end_of_thought(event.choice), ChunkChoice(event.choice, ChunkDelta(), event.reason)]
+        )
 
     def _finished(self, event: Finished) -> list[Frame]:
         self._usage = event.usage
