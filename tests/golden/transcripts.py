@@ -1,12 +1,14 @@
 """Golden transcripts: stored inputs, and what each dialect makes of them.
 
 requests/NAME.json   a body (and headers) → under "expect", per dialect, the neutral request or the error
-answers/NAME/        input.json (a body and the turn's events) → per dialect the exact frames (.sse) and whole answer (.http)
+answers/NAME/        input.json (bodies and the turn's events) → per dialect the exact frames (.sse) and whole answer (.http)
+conversations/NAME.json  one conversation as a body of each dialect → under "expect", the neutral request that all of them are
 caching/NAME.json    a body, a query or stored objects of the cache resource → under "expect", what is parsed or rendered
 
 `python -m tests.golden.regenerate` rewrites the expectations; read the diff before you commit it.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,19 @@ from keepwarm.config import Limits
 from keepwarm.core.cache_object import CacheObject, Tag
 from keepwarm.core.errors import ApiError
 from keepwarm.core.event import Event
+from keepwarm.core.request import ChatRequest
 from keepwarm.dialects import CacheReport, ChatDialect, ErrorReply, Identity, WireBounds
+from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
 from keepwarm.dialects.kimi import KimiChat
 from keepwarm.dialects.minimax import MiniMaxChat
 from keepwarm.dialects.openai import OpenAIChat
+from keepwarm.server.exchange import encoded
 
 HERE = Path(__file__).parent
 BOUNDS = msgspec.convert(Limits(), WireBounds, from_attributes=True)
 IDENTITY = Identity(turn_id="chatcmpl-0a1b2c3d4e5f6g7h8i9j", created=1718680442)
+ANTHROPIC_IDENTITY = Identity(turn_id="msg_0a1b2c3d4e5f6g7h8i9j", created=1718680442)
 NOW = 1718680500
 
 DIALECTS: dict[str, ChatDialect] = {
@@ -34,15 +40,20 @@ DIALECTS: dict[str, ChatDialect] = {
     "minimax": MiniMaxChat(BOUNDS),
 }
 
+ANTHROPIC = AnthropicMessages(BOUNDS)
+ALL: dict[str, ChatDialect] = {**DIALECTS, "anthropic": ANTHROPIC}
+
 
 class AnswerInput(msgspec.Struct):
-    """A request body, the events of its turn, and the cache object it used, if it used one.
+    """The events of a turn, the cache object it used, if it used one, and the request's body.
 
-    `not_in` are the dialects that refuse such a body.
+    `body` is what the dialects in OpenAI's shape read, those in `not_in` excepted, and `anthropic` what Anthropic's does. A
+    dialect without a body renders nothing.
     """
 
-    body: dict[str, Any]
     events: list[Event]
+    body: dict[str, Any] | None = None
+    anthropic: dict[str, Any] | None = None
     report: CacheReport | None = None
     not_in: tuple[str, ...] = ()
 
@@ -54,10 +65,17 @@ def expectations() -> Iterator[tuple[Path, str]]:
     for path in sorted((HERE / "answers").glob("*/input.json")):
         case = msgspec.json.decode(path.read_bytes(), type=AnswerInput)
         for name, dialect in DIALECTS.items():
-            if name in case.not_in:
-                continue
-            yield path.with_name(f"{name}.sse"), _streamed(dialect, case)
-            yield path.with_name(f"{name}.http"), _whole(dialect, case)
+            if case.body is not None and name not in case.not_in:
+                yield path.with_name(f"{name}.sse"), _streamed(dialect, case, case.body, IDENTITY)
+                yield path.with_name(f"{name}.http"), _whole(dialect, case, case.body, IDENTITY)
+        if case.anthropic is not None:
+            if case.anthropic["max_tokens"]:  # warming cannot be streamed
+                yield path.with_name("anthropic.sse"), _streamed(ANTHROPIC, case, case.anthropic, ANTHROPIC_IDENTITY)
+            yield path.with_name("anthropic.http"), _whole(ANTHROPIC, case, case.anthropic, ANTHROPIC_IDENTITY)
+    for path in sorted((HERE / "conversations").glob("*.json")):
+        conversation = msgspec.json.decode(path.read_bytes())
+        name, body = next(iter(conversation["bodies"].items()))
+        yield path, _pretty(conversation | {"expect": msgspec.to_builtins(neutral(name, body))})
     for path in sorted((HERE / "caching").glob("*.json")):
         yield path, _pretty(_caching(msgspec.json.decode(path.read_bytes())))
 
@@ -72,23 +90,29 @@ def _request(case: dict[str, Any]) -> dict[str, Any]:
     return case
 
 
-def _streamed(dialect: ChatDialect, case: AnswerInput) -> str:
-    parsed = dialect.parse_chat({}, msgspec.json.encode(case.body | {"stream": True}))
-    renderer = dialect.renderer(parsed, IDENTITY)
+def neutral(name: str, body: dict[str, Any]) -> ChatRequest:
+    """What dialect `name` makes of a conversation; lifetimes of marks aside, since OpenAI's have none."""
+    request = ALL[name].parse_chat({}, msgspec.json.encode(body)).request
+    text = msgspec.json.encode(request, order="deterministic").decode()
+    return msgspec.json.decode(re.sub(r'"ttl_s":\d+', '"ttl_s":null', text), type=ChatRequest)
+
+
+def _streamed(dialect: ChatDialect, case: AnswerInput, body: dict[str, Any], identity: Identity) -> str:
+    parsed = dialect.parse_chat({}, msgspec.json.encode(body | {"stream": True}))
+    renderer = dialect.renderer(parsed, identity)
     frames = [frame for event in case.events for frame in renderer.feed(event)]
-    return "".join(f"data: {frame.data.decode()}\n\n" for frame in frames)
+    return "".join(encoded(frame).decode() for frame in frames)
 
 
-def _whole(dialect: ChatDialect, case: AnswerInput) -> str:
-    body = {key: value for key, value in case.body.items() if key != "stream_options"}
-    parsed = dialect.parse_chat({}, msgspec.json.encode(body))
-    renderer = dialect.renderer(parsed, IDENTITY)
+def _whole(dialect: ChatDialect, case: AnswerInput, body: dict[str, Any], identity: Identity) -> str:
+    parsed = dialect.parse_chat({}, msgspec.json.encode({k: v for k, v in body.items() if k != "stream_options"}))
+    renderer = dialect.renderer(parsed, identity)
     for event in case.events:
         assert renderer.feed(event) == []
     try:
         reply = ErrorReply(200, renderer.whole(), dialect.reply_headers(case.report) if case.report else ())
     except ApiError as error:
-        reply = dialect.render_error(error)
+        reply = dialect.render_error(error, "req_1" if dialect is ANTHROPIC else None)
     headers = "".join(f"{name}: {value}\n" for name, value in reply.headers)
     return f"{reply.status}\n{headers}\n{reply.body.decode()}\n"
 
