@@ -23,8 +23,10 @@ PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that th
     "MiniMax-M2.1",
     "gemini-1.5-flash-001",
 )
+NORMALISERS = ("billing-header", "clock", "moving-reminder")  # what keepwarm.cache.normalise can do
 MIB = 1024 * 1024
 DISK_BYTES_DEFAULT = 10_000_000_000
+DOCUMENT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_", "OPENBLAS_")
 
 
 class ConfigError(Exception):
@@ -113,6 +115,12 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     objects_per_tenant_max: int = 1000  # each is rebuilt when the engine restarts
     list_page_max: int = 1000  # Kimi names none; a page repeats all messages
     max_tokens_default: int = 1024  # Kimi's default
+    document_bytes_max: int = 12 * MIB  # what base64 leaves of body_bytes_max
+    document_chars_max: int = 2_000_000  # of all documents of a request; half a million tokens, beyond any window here
+    document_s_max: float = 120.0  # a PDF of 600 pages takes 60 s of a core, and the engine's threads go first
+    document_memory_bytes_max: int = 512 * MIB  # to read one, beside the libraries' own; an ordinary one needs 50 MB
+    documents_at_once_max: int = 2  # processes that read documents, 150 MB and a core each; more documents wait
+    document_cache_bytes: int = 32 * MIB  # texts read lately, so that a conversation's document is read once
     prefill_delay_ms_max: float = 250.0  # the longest a prefill chunk may keep others' next token waiting
     event_queue_max: int = 4096  # events of one turn waiting for a slow client; then the turn is cancelled
     fragment_cache_bytes: int = 64 * MIB  # token ids of text already seen, so a long context is not tokenised again
@@ -170,6 +178,18 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return dict(os.environ) if wait == "spin" else {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def document_environment() -> dict[str, str]:
+    """Environment of the process that reads a hostile document: what Python and its libraries need to load, no secrets.
+
+    Hash seed and locale are fixed, so that a document gives the same text everywhere; one thread and one arena, since it
+    does one thing and its address space is limited.
+    """
+    kept = {name: value for name, value in os.environ.items() if name.startswith(DOCUMENT_ENVIRONMENT)}
+    same = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+    small = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    return {**kept, **same, **small}
+
+
 def default_data_dir() -> str:
     """$KEEPWARM_DATA_DIR, else $XDG_DATA_HOME/keepwarm, else ~/.local/share/keepwarm."""
     named = os.environ.get("KEEPWARM_DATA_DIR")
@@ -210,6 +230,10 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
         raise ConfigError(f"config {path or 'on the command line'}: {exc}") from exc
     if config.dev and config.host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(f"--dev accepts any key, so it binds loopback only; remove --host {config.host} or --dev")
+    for name in config.model.normalise:
+        if name not in NORMALISERS:
+            where = f"config {path or 'on the command line'}: $.model.normalise"
+            raise ConfigError(f"{where}: {name!r} is not one of {', '.join(NORMALISERS)}")
     for number, prompt in enumerate(config.warm):
         _check_warm(f"config {path or 'on the command line'}: $.warm[{number}]", prompt)
     return config
