@@ -212,14 +212,13 @@ class MessageRenderer:
         self._identity = identity
         self._order = _Order(identity, hides_thinking=parsed.hides_thinking)
         self._folded = _Folded()
-        self._message: MessageReply | None = None
         self._finished: ChoiceFinished | None = None
         self._failed: ApiError | None = None
 
     def feed(self, event: Event) -> list[Frame]:
         if isinstance(event, Failed):
             self._failed = ApiError(event.kind, event.message, retry_after_s=event.retry_after_s)
-            return [Frame(anthropic_error_reply(self._failed).body, "error")] if self._parsed.stream else []
+            return [Frame(anthropic_error_reply(self._failed, self._identity.turn_id).body, "error")] if self._parsed.stream else []
         told = self._told(event)
         if self._parsed.stream:
             return [event_frame(one) for one in told]

@@ -17,10 +17,10 @@ from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import Page
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Finished
-from keepwarm.dialects import CacheReport, Identity, Renderer
+from keepwarm.dialects import CacheReport, ChatDialect, Identity, Renderer
+from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
 from keepwarm.dialects.kimi import KimiChat
-from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine import Engine, EngineState, EngineStatus, StoreStatus
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
@@ -63,15 +63,23 @@ class Services:
     created_at: int  # unix seconds; what the models list gives as the models' time of creation
 
 
+class ModelDialect(ChatDialect, Protocol):
+    """A chat dialect with its models list."""
+
+    def render_model(self, name: str, created: int, n_ctx: int | None) -> bytes: ...
+
+    def render_models(self, names: Sequence[str], created: int, n_ctx: int | None) -> bytes: ...
+
+
 class ChatCalls:
     """Chat completions and models, in one dialect."""
 
-    def __init__(self, services: Services, dialect: KimiChat | OpenAIChat) -> None:
+    def __init__(self, services: Services, dialect: ModelDialect) -> None:
         self._services = services
         self._dialect = dialect
 
     async def chat(self, exchange: Exchange) -> None:
-        """POST /chat/completions."""
+        """POST /chat/completions, POST /messages."""
         services = self._services
         body = await exchange.body()
         with exchange.phases.measure("parse"):
@@ -96,13 +104,14 @@ class ChatCalls:
     async def _stream(self, exchange: Exchange, turn: Turn, renderer: Renderer) -> None:
         """Frames as they come, one write for all that are there; headers go out when the turn has started."""
         silence_s = self._services.config.limits.sse_comment_s
+        keepalive = KEEPALIVE if self._dialect.keepalive is None else encoded(self._dialect.keepalive)
         await turn.stream.begin()
         await exchange.begin_events(self._cache_headers(turn))
         more = True
         while more:
             events = await turn.stream.batch(silence_s)
             data = (
-                b"".join(encoded(frame) for event in events for frame in renderer.feed(event)) if events else KEEPALIVE
+                b"".join(encoded(frame) for event in events for frame in renderer.feed(event)) if events else keepalive
             )
             more = not turn.stream.is_read
             if not more and exchange.headers.get(TIMINGS_HEADER) == "1":
@@ -145,6 +154,20 @@ class ChatCalls:
     def _n_ctx(self) -> int | None:
         model = self._services.engine.status().model
         return model.n_ctx if model is not None else None
+
+
+class MessagesCalls(ChatCalls):
+    """Anthropic's calls beside the chat."""
+
+    def __init__(self, services: Services, dialect: AnthropicMessages) -> None:
+        super().__init__(services, dialect)
+        self._messages = dialect
+
+    async def count_tokens(self, exchange: Exchange) -> None:
+        """POST /messages/count_tokens."""
+        request = self._messages.parse_count(exchange.headers, await exchange.body())
+        n_tokens = await self._services.turns.count_tokens(exchange.tenant, request, exchange.phases)
+        await exchange.reply(self._messages.render_token_count(n_tokens))
 
 
 class EstimateCalls:

@@ -109,6 +109,7 @@ class Exchange:
             "status": status,
             "headers": [
                 (b"x-request-id", self.turn_id.encode()),
+                (b"request-id", self.turn_id.encode()),  # Anthropic's name for it
                 *_server_timing(self.phases),
                 *((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers),
             ],

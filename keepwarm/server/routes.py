@@ -1,25 +1,35 @@
 """The table of routes under their mounts, and the Starlette application made from it.
 
-    /v1, /moonshot/v1   Kimi's dialect, which is OpenAI's with additions
-    /openai/v1          OpenAI's dialect alone
-    /                   health, the OpenAPI document and its page
+    /v1, /moonshot/v1                        Kimi's dialect, which is OpenAI's with additions; in /v1 Anthropic's messages, too
+    /openai/v1                               OpenAI's dialect alone
+    /anthropic/v1, /minimax/anthropic/v1     Anthropic's
+    /minimax/v1                              MiniMax's, in OpenAI's shape
+    /                                        health, the operator's calls, the OpenAPI document and its page
 
-A path belongs to the dialect of its mount, also when there is no such route: every error is in that dialect's words.
+A path belongs to the dialect of its mount, also when there is no such route: every error is in that dialect's words. Where
+two dialects meet at one path (/v1/models) the header `anthropic-version` tells them apart.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount, Router
 from starlette.routing import Route as Path
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keepwarm import __version__
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.dialects import WireBounds
+from keepwarm.dialects.anthropic import AnthropicMessages
+from keepwarm.dialects.anthropic_answer import MessageReply, TokenCountReply
+from keepwarm.dialects.anthropic_error import AnthropicErrorBody
+from keepwarm.dialects.anthropic_model import AnthropicModel, AnthropicModelList
+from keepwarm.dialects.anthropic_request import CountTokensRequest, MessagesRequest
 from keepwarm.dialects.caching import (
     CacheDeletedReply,
     CacheListReply,
@@ -40,6 +50,7 @@ from keepwarm.dialects.kimi import (
     KimiChatCompletionRequest,
     TokenEstimateReply,
 )
+from keepwarm.dialects.minimax import MiniMaxChat, MiniMaxChatCompletionRequest
 from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
 from keepwarm.dialects.openai_error import ErrorBody
@@ -55,6 +66,8 @@ from keepwarm.server.endpoints import (
     ChatCalls,
     EstimateCalls,
     Health,
+    MessagesCalls,
+    ModelDialect,
     OperatorCalls,
     Services,
     StoreReply,
@@ -65,9 +78,13 @@ from keepwarm.telemetry import where
 
 KIMI_MOUNTS = ("/v1", "/moonshot/v1")
 OPENAI_MOUNT = "/openai/v1"
+ANTHROPIC_MOUNTS = ("/anthropic/v1", "/minimax/anthropic/v1")
+MINIMAX_MOUNT = "/minimax/v1"
+VERSION_HEADER = b"anthropic-version"
 TITLE = "Keepwarm"
 DESCRIPTION = (
-    "An LLM API server whose main feature is context caching. Everything under /v1 is also under /moonshot/v1."
+    "An LLM API server whose main feature is context caching. Kimi's calls under /v1 are also under /moonshot/v1, Anthropic's "
+    "(/v1/messages) also under /anthropic/v1 and /minimax/anthropic/v1."
 )
 
 USE_PARAMS = (
@@ -83,51 +100,101 @@ LIST_PARAMS = (
 )
 METADATA_PARAM = Param("metadata", "all given pairs must be there", dict[str, str], deep=True)
 
+CHAT_BODIES: Mapping[str, type[Struct]] = MappingProxyType(
+    {
+        "kimi": KimiChatCompletionRequest,
+        "openai": ChatCompletionRequest,
+        "minimax": MiniMaxChatCompletionRequest,
+    }
+)
+
 Entry = tuple[Route, Call]
 
 
 def application(services: Services) -> Starlette:
     """The ASGI application that serves `services`."""
     bounds = msgspec.convert(services.config.limits, WireBounds, from_attributes=True)
-    kimi, openai = KimiChat(bounds), OpenAIChat(bounds)
+    kimi, openai, minimax = KimiChat(bounds), OpenAIChat(bounds), MiniMaxChat(bounds)
+    anthropic = AnthropicMessages(bounds)
     kimi_entries = [*chat_entries(services, kimi), *kimi_only_entries(services, kimi, KimiCaching(bounds))]
-    openai_entries = chat_entries(services, openai)
+    openai_entries, minimax_entries = chat_entries(services, openai), chat_entries(services, minimax)
+    messages_entries, models_entries = messages_entries_of(services, anthropic)
     operator_entries = operator_entries_of(services)
     documents = Documents(
         [
-            *(_under(KIMI_MOUNTS[0], route) for route, _ in kimi_entries),
+            *(_under(KIMI_MOUNTS[0], route) for route, _ in (*kimi_entries, *messages_entries)),
             *(_under(OPENAI_MOUNT, route) for route, _ in openai_entries),
+            *(_under(ANTHROPIC_MOUNTS[0], route) for route, _ in (*messages_entries, *models_entries)),
+            *(_under(MINIMAX_MOUNT, route) for route, _ in minimax_entries),
             *(route for route, _ in operator_entries),
         ]
     )
-    entries = [*operator_entries, *documents.entries()]
-    routes: list[BaseRoute] = [Mount(mount, _router(services, kimi, kimi_entries)) for mount in KIMI_MOUNTS]
-    routes.append(Mount(OPENAI_MOUNT, _router(services, openai, openai_entries)))
-    routes.extend(_paths(services, kimi, entries))
+    root = [
+        *_shared(_paths(services, kimi, kimi_entries), _paths(services, anthropic, models_entries)),
+        *_paths(services, anthropic, messages_entries),
+    ]
+    routes: list[BaseRoute] = [
+        Mount(KIMI_MOUNTS[0], _router(services, kimi, root)),
+        Mount(KIMI_MOUNTS[1], _router(services, kimi, _paths(services, kimi, kimi_entries))),
+        Mount(OPENAI_MOUNT, _router(services, openai, _paths(services, openai, openai_entries))),
+        Mount(MINIMAX_MOUNT, _router(services, minimax, _paths(services, minimax, minimax_entries))),
+    ]
+    for mount in ANTHROPIC_MOUNTS:
+        paths = _paths(services, anthropic, [*messages_entries, *models_entries])
+        routes.append(Mount(mount, _router(services, anthropic, paths)))
+    routes.extend(_paths(services, kimi, [*operator_entries, *documents.entries()]))
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False
     app.router.default = PathCalls(services, kimi, None, {})
     return app
 
 
-def chat_entries(services: Services, dialect: KimiChat | OpenAIChat) -> list[Entry]:
-    """What both dialects serve."""
+def chat_entries(services: Services, dialect: KimiChat | OpenAIChat | MiniMaxChat) -> list[Entry]:
+    """What all dialects in OpenAI's shape serve."""
     calls = ChatCalls(services, dialect)
-    is_kimi = isinstance(dialect, KimiChat)
     chat = Route(
         "POST",
         "/chat/completions",
         "Answer a conversation, whole or streamed",
-        request=KimiChatCompletionRequest if is_kimi else ChatCompletionRequest,
+        request=CHAT_BODIES[dialect.name],
         response=ChatCompletion,
         events=ChatCompletionChunk,
-        params=USE_PARAMS if is_kimi else (),
+        params=USE_PARAMS if dialect.name == "kimi" else (),
     )
     return [
         (_tagged("chat", chat), calls.chat),
         (_tagged("models", Route("GET", "/models", "The names requests may use", response=ModelList)), calls.models),
         (_tagged("models", Route("GET", "/models/{model}", "One of them", response=ModelItem)), calls.model),
     ]
+
+
+def messages_entries_of(services: Services, dialect: AnthropicMessages) -> tuple[list[Entry], list[Entry]]:
+    """Anthropic's messages, and its models list."""
+    calls = MessagesCalls(services, dialect)
+    messages: list[Entry] = [
+        (
+            Route(
+                "POST", "/messages", "Answer a conversation, whole or streamed", request=MessagesRequest,
+                response=MessageReply,
+            ),
+            calls.chat,
+        ),
+        (
+            Route(
+                "POST", "/messages/count_tokens", "Count the tokens of a conversation's prompt",
+                request=CountTokensRequest, response=TokenCountReply,
+            ),
+            calls.count_tokens,
+        ),
+    ]  # fmt: skip
+    models: list[Entry] = [
+        (Route("GET", "/models", "The names requests may use", response=AnthropicModelList), calls.models),
+        (Route("GET", "/models/{model}", "One of them", response=AnthropicModel), calls.model),
+    ]
+    return (
+        [(_tagged("messages", route, AnthropicErrorBody), call) for route, call in messages],
+        [(_tagged("models", route, AnthropicErrorBody), call) for route, call in models],
+    )
 
 
 def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCaching) -> list[Entry]:
@@ -215,12 +282,18 @@ class Documents:
         return self._document
 
 
-def _tagged(tag: str, route: Route) -> Route:
-    return msgspec.structs.replace(route, tags=(tag,), errors=ErrorBody)
+def _tagged(tag: str, route: Route, errors: type[Struct] = ErrorBody) -> Route:
+    return msgspec.structs.replace(route, tags=(tag,), errors=errors)
 
 
 def _under(mount: str, route: Route) -> Route:
     return msgspec.structs.replace(route, path=mount + route.path)
+
+
+def credentials(headers: Mapping[str, str]) -> str | None:
+    """The Authorization header's value, or what Anthropic's clients of before 2026 send in its place."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +311,7 @@ class PathCalls:
     """
 
     def __init__(
-        self, services: Services, dialect: KimiChat | OpenAIChat, path: str | None, operations: dict[str, Operation]
+        self, services: Services, dialect: ModelDialect, path: str | None, operations: dict[str, Operation]
     ) -> None:
         self._services = services
         self._dialect = dialect
@@ -250,7 +323,7 @@ class PathCalls:
             return  # a lifespan or a websocket: nothing here speaks those
         runtime = self._services.runtime
         began = runtime.clock.monotonic()
-        turn_id = runtime.ids.new("chatcmpl-")
+        turn_id = runtime.ids.new(self._dialect.id_prefix)
         exchange = Exchange(scope, receive, send, turn_id, Phases(runtime.clock), self._services.config.limits)
         error: ApiError | None = None
         try:
@@ -268,7 +341,7 @@ class PathCalls:
             exchange.log_fields["error"] = error.kind.value
             if exchange.status is None:
                 allow = [("allow", ", ".join(self._operations))] if error.kind is ErrorKind.METHOD_NOT_ALLOWED else []
-                await exchange.reply_error(self._dialect.render_error(error), allow)
+                await exchange.reply_error(self._dialect.render_error(error, turn_id), allow)
         if self._path != "/health":
             self._log(exchange, scope["method"], (runtime.clock.monotonic() - began) * 1000)
 
@@ -288,7 +361,7 @@ class PathCalls:
             raise ApiError(ErrorKind.METHOD_NOT_ALLOWED, message)
         if operation.needs_key:
             with exchange.phases.measure("auth"):
-                principal = await self._services.auth.principal(exchange.headers.get("authorization"))
+                principal = await self._services.auth.principal(credentials(exchange.headers))
             exchange.tenant = principal.tenant
         await operation.call(exchange)
 
@@ -307,12 +380,32 @@ class PathCalls:
         )
 
 
-def _router(services: Services, dialect: KimiChat | OpenAIChat, entries: Sequence[Entry]) -> Router:
+class ByVersionHeader:
+    """An ASGI application for a path that two dialects have: Anthropic's clients name a version, others do not."""
+
+    def __init__(self, anthropic: ASGIApp, other: ASGIApp) -> None:
+        self._anthropic, self._other = anthropic, other
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_anthropic = scope["type"] == "http" and any(name == VERSION_HEADER for name, _ in scope["headers"])
+        await (self._anthropic if is_anthropic else self._other)(scope, receive, send)
+
+
+def _shared(others: Sequence[Path], anthropic: Sequence[Path]) -> list[Path]:
+    """`others`, and at the paths that both have the two told apart by their header."""
+    theirs = {route.path: route.endpoint for route in anthropic}
+    return [
+        Path(route.path, ByVersionHeader(theirs[route.path], route.endpoint)) if route.path in theirs else route
+        for route in others
+    ]
+
+
+def _router(services: Services, dialect: ModelDialect, paths: Sequence[BaseRoute]) -> Router:
     unknown = PathCalls(services, dialect, None, {})
-    return Router(_paths(services, dialect, entries), redirect_slashes=False, default=unknown)
+    return Router(paths, redirect_slashes=False, default=unknown)
 
 
-def _paths(services: Services, dialect: KimiChat | OpenAIChat, entries: Sequence[Entry]) -> list[BaseRoute]:
+def _paths(services: Services, dialect: ModelDialect, entries: Sequence[Entry]) -> list[Path]:
     """One Starlette route per path, for all methods: which of them it has is for `PathCalls` to say."""
     by_path: dict[str, dict[str, Operation]] = {}
     for route, call in entries:
