@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ToolCallDelta
 from keepwarm.core.request import AnyText, CacheUse, ChatRequest, Message
-from keepwarm.dialects import CacheReport, ErrorReply, Identity, Parsed, WireBounds
+from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody, invalid, quoted
 from keepwarm.dialects.error_table import ErrorRow
 from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer
@@ -101,7 +101,7 @@ class KimiChat:
 
     name = "kimi"
     id_prefix = CHAT_ID_PREFIX
-    keepalive = None
+    keepalive: Frame | None = None
 
     def __init__(self, bounds: WireBounds) -> None:
         self._rules = RequestRules(bounds, DEFAULT_TEMPERATURE, FUNCTION_NAME)

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from keepwarm.core.errors import ApiError
 from keepwarm.core.request import Message, TextPart
-from keepwarm.dialects import CacheReport, ErrorReply, Identity, Parsed, WireBounds
+from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody
 from keepwarm.dialects.openai import DEFAULT_TEMPERATURE, FUNCTION_NAME
 from keepwarm.dialects.openai_answer import (
@@ -79,7 +79,7 @@ class MiniMaxChat:
 
     name = "minimax"
     id_prefix = CHAT_ID_PREFIX
-    keepalive = None
+    keepalive: Frame | None = None
 
     def __init__(self, bounds: WireBounds) -> None:
         one_answer = replace(bounds, choices_max=min(bounds.choices_max, CHOICES_MAX))

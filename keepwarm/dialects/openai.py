@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from keepwarm.core.errors import ApiError
-from keepwarm.dialects import CacheReport, ErrorReply, Identity, Parsed, WireBounds
+from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody
 from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer, digest_call_id
 from keepwarm.dialects.openai_error import OPENAI_ERRORS, error_reply
@@ -33,7 +33,7 @@ class OpenAIChat:
 
     name = "openai"
     id_prefix = CHAT_ID_PREFIX
-    keepalive = None
+    keepalive: Frame | None = None
 
     def __init__(self, bounds: WireBounds) -> None:
         self._rules = RequestRules(bounds, DEFAULT_TEMPERATURE, FUNCTION_NAME)

@@ -12,8 +12,8 @@ two dialects meet at one path (/v1/models) the header `anthropic-version` tells 
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import msgspec
 from msgspec import Struct
