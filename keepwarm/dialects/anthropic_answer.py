@@ -36,7 +36,7 @@ from keepwarm.dialects.anthropic_error import anthropic_error_reply
 
 CALL_ID_PREFIX = "toolu_"
 SIGNATURE_BYTES = 48
-NO_INPUT = Raw(b"{}")
+NO_INPUT = Raw(b"{}")  # of a call that begins; its pieces follow
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -83,7 +83,7 @@ class ToolUseBlock(Struct, tag="tool_use"):
 
     id: str
     name: str
-    input: Raw = NO_INPUT
+    input: Raw
 
 
 AnswerBlock = TextBlock | ThinkingBlock | ToolUseBlock
@@ -218,7 +218,11 @@ class MessageRenderer:
     def feed(self, event: Event) -> list[Frame]:
         if isinstance(event, Failed):
             self._failed = ApiError(event.kind, event.message, retry_after_s=event.retry_after_s)
-            return [Frame(anthropic_error_reply(self._failed, self._identity.turn_id).body, "error")] if self._parsed.stream else []
+            return (
+                [Frame(anthropic_error_reply(self._failed, self._identity.turn_id).body, "error")]
+                if self._parsed.stream
+                else []
+            )
         told = self._told(event)
         if self._parsed.stream:
             return [event_frame(one) for one in told]
@@ -300,7 +304,7 @@ class _Order:
         opened: list[MessageStreamEvent] = []
         if delta.name is not None:
             call_id = CALL_ID_PREFIX + self._identity.call_digest(delta)
-            opened = self._opened(delta.index, ToolUseBlock(call_id, delta.name))
+            opened = self._opened(delta.index, ToolUseBlock(call_id, delta.name, NO_INPUT))
         assert self._open == delta.index, f"a piece of call {delta.index} while {self._open!r} is open"
         piece = ContentBlockDelta(self._index, InputPiece(delta.arguments))
         return [*opened, piece] if delta.arguments else opened

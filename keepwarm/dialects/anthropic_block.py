@@ -64,9 +64,9 @@ class MessageParam(Struct):
 
 
 class ToolParam(Struct):
-    """A tool of the client's. Anthropic's own tools have a dated `type` and are not served."""
+    """A tool of the client's. Anthropic's own tools have a dated `type` and not always a name; they are not served."""
 
-    name: str
+    name: str | None = None
     input_schema: dict[str, Any] | None = None
     description: str | None = None
     type: str | None = None

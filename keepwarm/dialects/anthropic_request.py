@@ -180,6 +180,8 @@ def _tools(tools: Sequence[ToolParam], marks: Marks, bounds: WireBounds) -> tupl
                 f"{quoted(tool.type)} is one of Anthropic's own tools, this server has none; define a 'custom' one"
             )
             raise invalid(f"{path}.type", problem)
+        if tool.name is None:
+            raise invalid(f"{path}.name", "is required")
         require_new_name(tool.name, neutral, f"{path}.name", TOOL_NAME)
         if tool.input_schema is None:
             raise invalid(f"{path}.input_schema", "is required")

@@ -112,7 +112,7 @@ def _whole(dialect: ChatDialect, case: AnswerInput, body: dict[str, Any], identi
     try:
         reply = ErrorReply(200, renderer.whole(), dialect.reply_headers(case.report) if case.report else ())
     except ApiError as error:
-        reply = dialect.render_error(error, "req_1" if dialect is ANTHROPIC else None)
+        reply = dialect.render_error(error, identity.turn_id)
     headers = "".join(f"{name}: {value}\n" for name, value in reply.headers)
     return f"{reply.status}\n{headers}\n{reply.body.decode()}\n"
 

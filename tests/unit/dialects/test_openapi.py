@@ -7,6 +7,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent
+from keepwarm.dialects.anthropic_error import AnthropicErrorBody
+from keepwarm.dialects.anthropic_request import CountTokensRequest, MessagesRequest
 from keepwarm.dialects.caching import CacheListReply, CacheReply, NewCacheRequest
 from keepwarm.dialects.kimi import KimiChatCompletionRequest
 from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
@@ -37,8 +40,20 @@ ROUTES = (
         params=(Param("limit", "Page size", int), Param("metadata", "Must all match", dict[str, str], deep=True)),
     ),
     Route("GET", "/v1/caching/{cache_id}", "Get", response=CacheReply),
+    Route(
+        "POST",
+        "/v1/messages",
+        "Messages",
+        request=MessagesRequest,
+        response=MessageReply,
+        events=MessageStreamEvent,
+        errors=AnthropicErrorBody,
+    ),
+    Route("POST", "/v1/messages/count_tokens", "Count", request=CountTokensRequest),
     Route("GET", "/health", "Health", needs_key=False),
 )
+ANSWERS = {"anthropic": "MessageReply"}  # by the stem of a stored file; the others are in OpenAI's shape
+ERRORS = {"anthropic": "AnthropicErrorBody"}
 
 
 def document() -> dict[str, Any]:
@@ -47,6 +62,14 @@ def document() -> dict[str, Any]:
 
 def schema_of(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}", "components": document()["components"]}
+
+
+def event_schema(stem: str) -> dict[str, Any]:
+    """The schema of one server-sent event."""
+    whole = document()
+    operation = whole["paths"]["/v1/messages" if stem == "anthropic" else "/v1/chat/completions"]["post"]
+    schema = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    return schema | {"components": whole["components"]}
 
 
 def test_every_route_is_there() -> None:
@@ -99,7 +122,8 @@ def test_same_routes_same_bytes() -> None:
 )
 def test_stored_answers_fit_the_document(path: Path) -> None:
     head, _, body = path.read_text(encoding="utf-8").partition("\n\n")
-    name = "ChatCompletion" if head.startswith("200") else "ErrorBody"
+    shapes, name = (ANSWERS, "ChatCompletion") if head.startswith("200") else (ERRORS, "ErrorBody")
+    name = shapes.get(path.stem, name)
     jsonschema.validate(json.loads(body), schema_of(name))
 
 
@@ -107,11 +131,12 @@ def test_stored_answers_fit_the_document(path: Path) -> None:
     "path", sorted((HERE / "answers").glob("*/*.sse")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_stored_frames_fit_the_document(path: Path) -> None:
+    events, errors = event_schema(path.stem), schema_of(ERRORS.get(path.stem, "ErrorBody"))
     for frame in path.read_text(encoding="utf-8").split("\n\n")[:-1]:
-        data = frame.removeprefix("data: ")
+        data = frame.partition("data: ")[2]
         if data != "[DONE]":
             value = json.loads(data)
-            jsonschema.validate(value, schema_of("ErrorBody" if "error" in value else "ChatCompletionChunk"))
+            jsonschema.validate(value, errors if "error" in value else events)
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "requests").glob("*.json")), ids=lambda path: path.stem)
@@ -120,6 +145,13 @@ def test_accepted_requests_fit_the_document(path: Path) -> None:
     for dialect, name in (("openai", "ChatCompletionRequest"), ("kimi", "KimiChatCompletionRequest")):
         if "request" in case["expect"][dialect]:
             jsonschema.validate(case["body"], schema_of(name))
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "conversations").glob("*.json")), ids=lambda path: path.stem)
+def test_accepted_messages_fit_the_document(path: Path) -> None:
+    jsonschema.validate(
+        json.loads(path.read_text(encoding="utf-8"))["bodies"]["anthropic"], schema_of("MessagesRequest")
+    )
 
 
 def test_stored_objects_fit_the_document() -> None:
