@@ -1,16 +1,14 @@
 """Why did I miss? A prompt against the tenant's recent ones and what the store said: one outcome, one cause. Pure.
 
-    recent prompts ──▶ the nearest one ──▶ same blocks so far?   no ──▶ tools, system or messages changed, and where
-                                                    │ yes
-                                                    ▼
-                                           all read that both share? ──▶ yes: hit
-                                                    │ no
-                                                    ▼
-                            below the minimum, expired, evicted, deleted, being written, slower than recomputing
+    too short?  all read?  ──▶ below the minimum; hit
+    what the rules and the store know of:  an entry that does not live any more, or lies too far back; a prefix that is
+        stored and was not read; one that is promised, or that an earlier prompt has, and is not stored (any more, yet)
+    the nearest prompt:  another model, another template, or the first block of the two that differs; none: hit
 
-The nearest prompt is the one the client names, else the one with the longest common prefix, else the one with the most
-blocks in common: a change near the top leaves no prefix, and is then what has to be found. Blocks are compared in the order
-tools, system, messages, whatever order the template puts them in. Only prompts of one tenant are ever compared.
+The nearest prompt is the one the client names, else the one most like this: tokens of common prefix, and blocks in common
+for a change near the top, which leaves no prefix and is then what has to be found. A prompt that is less like this one than
+what was read explains nothing. Blocks are compared in the order tools, system, messages, whatever order the template puts them in; they
+name a change, tokens decide whether there is one. Only prompts of one tenant are ever compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +21,15 @@ from msgspec.structs import replace
 from keepwarm.cache.encode import common_prefix
 from keepwarm.core.cache_lookup import CacheLookup, MissCause, Outcome, Place
 from keepwarm.core.prompt import Tokens
-from keepwarm.core.request import ChatRequest, Message
+from keepwarm.core.request import ChatRequest, Message, TextPart
 
-SLACK_TOKENS = 64  # a match ends at a multiple of the granularity, and the last two tokens are always evaluated
-SHARED_MIN = 64  # less than this is the template's own beginning
+SLACK_TOKENS = 66  # a match ends at a multiple of the granularity, 64 at most, and the last two tokens are evaluated
+SHARED_MIN = 64  # tokens; less is the template's own beginning. A block in common counts as much
 PLACE_TOKENS = 12  # shown on either side
 BLOCK_DIGEST_BYTES = 16
 
 Decode = Callable[[Tokens], str]
+Miss = tuple[MissCause, int]  # and how many tokens would have been read but for it
 
 
 class Block(Struct, frozen=True):
@@ -41,31 +40,57 @@ class Block(Struct, frozen=True):
 
 
 class Asked(Struct, frozen=True):
-    """A prompt as it was asked for. `model` is the served one; `template` names how messages became text."""
+    """A prompt as it was asked for. `model` is the served one; `template` names how messages became text.
+
+    `is_cached`: it was long enough to be stored. `is_finished`: it is stored now, if it is at all.
+    """
 
     turn_id: str
     model: str
     template: str
     tokens: Tokens
     blocks: tuple[Block, ...]
+    is_cached: bool = True
     is_finished: bool = False
 
 
 class Facts(Struct, frozen=True):
     """What the store and the rules said of the turn, in tokens.
 
-    `n_found` were stored, of which `n_read` were read from `tier`. At most `end` could be asked for: the last breakpoint, or
-    the prompt but its last two. `tokens_min` is the shortest prompt or prefix that is cached. `n_expired` are those of a
-    breakpoint that does not live any more. `is_deleted`: the cache object the request names is not there.
+    No more than `end` could be asked for: the last breakpoint (0: all were too short), or the whole prompt. `tokens_min` is
+    the shortest prompt or prefix that is cached. `n_found` were stored, of which `n_read` were read from `tier`.
+
+    `n_promised` are known by a living breakpoint or belong to the cache object in use; `is_pending`: that one is not ready
+    yet. `is_automatic`: whatever earlier prompts have in common may be read, not only what is promised. `n_expired` and
+    `n_too_far` as in `Chosen`. `lost` is why the cache object that the request names is of no use: DELETED, EXPIRED.
     """
 
-    n_found: int
-    n_read: int
-    tier: str | None
     end: int
     tokens_min: int
+    n_found: int = 0
+    n_read: int = 0
+    tier: str | None = None
+    n_promised: int = 0
+    is_pending: bool = False
+    is_automatic: bool = True
     n_expired: int = 0
-    is_deleted: bool = False
+    n_too_far: int = 0
+    lost: MissCause | None = None
+
+    @property
+    def slack(self) -> int:
+        """So many tokens more or less are no loss."""
+        return min(SLACK_TOKENS, self.end // 4)
+
+    @property
+    def n_enough(self) -> int:
+        """Nobody misses anything up to here."""
+        return self.n_read + self.slack
+
+    @property
+    def has_read(self) -> bool:
+        """More than the template's own beginning."""
+        return self.n_read >= min(SHARED_MIN, self.end // 2) > 0
 
 
 def blocks_of(request: ChatRequest) -> tuple[Block, ...]:
@@ -88,109 +113,144 @@ def explain(
 ) -> CacheLookup:
     """What the look-up of `asked` came to. `recent` are the tenant's other prompts, the newest first."""
     named = next((one for one in recent if one.turn_id == compare_with), None)
-    nearest = named or _nearest(asked, recent)
-    n_shared = common_prefix(asked.tokens, nearest.tokens) if nearest is not None else 0
-    cause = _cause(asked, nearest, n_shared, facts)
-    n_could = min(len(nearest.tokens), facts.end) if nearest is not None else 0
+    beside = _beside(asked, recent if named is None else (named,))
+    nearest = _nearest(beside, facts) if named is None else beside[0]
+    miss = _miss(asked, beside, nearest, facts)
+    cause, n_could = miss if miss is not None else (None, facts.n_read)
     return CacheLookup(
-        outcome=_outcome(facts.n_read, cause),
+        outcome=_outcome(cause, facts),
         n_read=facts.n_read,
         tier=facts.tier if facts.n_read else None,
         cause=cause,
-        n_missed=max(0, n_could - facts.n_read) if cause is not None else 0,
-        compared_with=nearest.turn_id if nearest is not None else None,
-        place=None if nearest is None or cause is None else _place(asked, nearest, n_shared, decode),
+        n_missed=max(0, n_could - facts.n_read),
+        compared_with=nearest.one.turn_id if nearest is not None else None,
+        place=_place(asked, nearest, decode) if nearest is not None and n_could > facts.n_read else None,
         compare_found=None if compare_with is None else named is not None,
     )
 
 
-def _outcome(n_read: int, cause: MissCause | None) -> Outcome:
-    if cause is None:
-        return "hit"
-    return "partial" if n_read >= SHARED_MIN else "miss"
+class _Beside(Struct, frozen=True):
+    """A recent prompt beside the asked one: how many leading tokens, and blocks anywhere, they have in common."""
+
+    one: Asked
+    n_shared: int
+    n_blocks: int
+    is_same: bool  # model and template, so that their states are the same
+
+    @property
+    def likeness(self) -> int:
+        return self.n_shared + SHARED_MIN * self.n_blocks
 
 
-def _cause(asked: Asked, nearest: Asked | None, n_shared: int, facts: Facts) -> MissCause | None:
+def _beside(asked: Asked, recent: Sequence[Asked]) -> list[_Beside]:
+    mine = {block.digest for block in asked.blocks}
+    return [
+        _Beside(
+            one,
+            n_shared=common_prefix(asked.tokens, one.tokens),
+            n_blocks=len(mine.intersection(block.digest for block in one.blocks)),
+            is_same=(one.model, one.template) == (asked.model, asked.template),
+        )
+        for one in recent
+    ]
+
+
+def _nearest(beside: Sequence[_Beside], facts: Facts) -> _Beside | None:
+    """The recent prompt most like the asked one, the newest of equals; None when none is, or less than what was read."""
+    least = max(SHARED_MIN, facts.n_read - facts.slack)
+    like = [one for one in beside if one.likeness >= least]
+    return max(like, key=lambda one: (one.likeness, one.is_same), default=None)
+
+
+def _outcome(cause: MissCause | None, facts: Facts) -> Outcome:
+    return "hit" if cause is None else "partial" if facts.has_read else "miss"
+
+
+def _miss(asked: Asked, beside: Sequence[_Beside], nearest: _Beside | None, facts: Facts) -> Miss | None:
     """None: all was read that could be."""
-    if facts.is_deleted:
-        return MissCause.DELETED
     if facts.end < facts.tokens_min:
-        return MissCause.BELOW_MINIMUM
-    if facts.n_read + SLACK_TOKENS >= facts.end:
+        return MissCause.BELOW_MINIMUM, facts.n_read
+    if facts.has_read and facts.n_enough >= facts.end:
         return None
-    if facts.n_expired > facts.n_read:
-        return MissCause.EXPIRED
+    return _lost(beside, facts) or _changed(asked, nearest, facts) or _unknown(facts)
+
+
+def _lost(beside: Sequence[_Beside], facts: Facts) -> Miss | None:
+    """Why less was read than was known; None when all of that was."""
+    enough = facts.n_enough
+    if facts.n_expired > enough:
+        return MissCause.EXPIRED, facts.n_expired
+    if facts.n_too_far > enough:  # more than 20 blocks were put between two breakpoints
+        return MissCause.MESSAGES_CHANGED, facts.n_too_far
+    if facts.n_found > enough:
+        return MissCause.SLOWER_THAN_RECOMPUTING, facts.n_found
+    same = [one for one in beside if one.is_same and one.one.is_cached]
+    n_stored = max((one.n_shared for one in same if one.one.is_finished), default=0)
+    n_begun = max((one.n_shared for one in same if not one.one.is_finished), default=0)
+    n_could = max(facts.n_promised, n_stored, n_begun) if facts.is_automatic else facts.n_promised
+    n_could = min(n_could, facts.end)
+    if n_could <= enough:
+        return None
+    if facts.is_pending or n_stored <= enough < n_begun:
+        return MissCause.STILL_BEING_WRITTEN, n_could
+    return facts.lost or MissCause.EVICTED, n_could
+
+
+def _changed(asked: Asked, nearest: _Beside | None, facts: Facts) -> Miss | None:
+    """What the nearest prompt has that this one has not; None when this one only goes on where that one ended."""
     if nearest is None:
-        return MissCause.EVICTED if facts.n_found > facts.n_read + SLACK_TOKENS else MissCause.FIRST_SEEN
-    if nearest.model != asked.model:
-        return MissCause.MODEL_CHANGED
-    if nearest.template != asked.template:
-        return MissCause.TEMPLATE_CHANGED
-    return _lost(nearest, n_shared, facts) or _changed(asked, nearest)
-
-
-def _lost(nearest: Asked, n_shared: int, facts: Facts) -> MissCause | None:
-    """Why less was read than both prompts begin with; None when all of that was."""
-    if facts.n_read + SLACK_TOKENS >= min(n_shared, facts.end):
         return None
-    if facts.n_found > facts.n_read + SLACK_TOKENS:
-        return MissCause.SLOWER_THAN_RECOMPUTING
-    return MissCause.EVICTED if nearest.is_finished else MissCause.STILL_BEING_WRITTEN
-
-
-def _changed(asked: Asked, nearest: Asked) -> MissCause | None:
-    """Which block the two do not share; None when `asked` only goes on where `nearest` ended."""
-    name = _differing(asked, nearest)
-    if name is None:
+    there = nearest.one
+    n_whole = min(len(there.tokens), facts.end)
+    if n_whole <= facts.n_enough:
         return None
+    if there.model != asked.model:
+        return MissCause.MODEL_CHANGED, n_whole
+    if there.template != asked.template:
+        return MissCause.TEMPLATE_CHANGED, n_whole
+    if nearest.n_shared + facts.slack >= n_whole:
+        return None if there.is_cached else (MissCause.BELOW_MINIMUM, nearest.n_shared)
+    name = _differing(asked, there)
+    if name is None:  # equal blocks became other text: the template looks at the clock, or at what comes later
+        return MissCause.TEMPLATE_CHANGED, n_whole
     if name.startswith("tools"):
-        return MissCause.TOOLS_CHANGED
-    return MissCause.SYSTEM_CHANGED if name == "system" else MissCause.MESSAGES_CHANGED
+        return MissCause.TOOLS_CHANGED, n_whole
+    return MissCause.SYSTEM_CHANGED if name == "system" else MissCause.MESSAGES_CHANGED, n_whole
 
 
-def _differing(asked: Asked, nearest: Asked) -> str | None:
-    """The first block of `nearest` that `asked` does not have in its place, or has something before."""
-    for here, there in zip(asked.blocks, nearest.blocks, strict=False):
-        if here != there:
-            return min(here.name, there.name, key=_order)
+def _unknown(facts: Facts) -> Miss | None:
+    """Nothing that is known was missed. What was read though no recent prompt has it is a hit all the same."""
+    return None if facts.has_read else (facts.lost or MissCause.FIRST_SEEN, facts.n_read)
+
+
+def _differing(asked: Asked, there: Asked) -> str | None:
+    """The first block that one of the two has and the other has not in its place; None when `asked` only goes on."""
+    for here, other in zip(asked.blocks, there.blocks, strict=False):
+        if here != other:
+            return min(here.name, other.name, key=_order)
     n = len(asked.blocks)
-    return nearest.blocks[n].name if n < len(nearest.blocks) else None
+    return there.blocks[n].name if n < len(there.blocks) else None
 
 
 def _order(name: str) -> int:
     return 0 if name.startswith("tools") else 1 if name == "system" else 2
 
 
-def _nearest(asked: Asked, recent: Sequence[Asked]) -> Asked | None:
-    """The recent prompt that shares most with this one; None when none shares a block or a prefix worth the name."""
-    best, n_best = None, SHARED_MIN - 1
-    for one in recent:
-        n = common_prefix(asked.tokens, one.tokens)
-        if n > n_best:
-            best, n_best = one, n
-    if best is not None:
-        return best
-    mine = {block.digest for block in asked.blocks}
-    common = [sum(block.digest in mine for block in one.blocks) for one in recent]
-    most = max(common, default=0)
-    return recent[common.index(most)] if most else None
-
-
-def _place(asked: Asked, nearest: Asked, n_shared: int, decode: Decode) -> Place:
-    start = max(0, n_shared - PLACE_TOKENS)
+def _place(asked: Asked, nearest: _Beside, decode: Decode) -> Place:
+    there, n = nearest.one, nearest.n_shared
+    goes_on = asked.blocks[min(len(there.blocks), len(asked.blocks) - 1)].name if asked.blocks else ""
     return Place(
-        n_shared,
-        _differing(asked, nearest) or (asked.blocks[-1].name if asked.blocks else ""),
-        before=decode(asked.tokens[start:n_shared]),
-        here=decode(asked.tokens[n_shared : n_shared + PLACE_TOKENS]),
-        there=decode(nearest.tokens[n_shared : n_shared + PLACE_TOKENS]),
+        n,
+        _differing(asked, there) or goes_on,
+        before=decode(asked.tokens[max(0, n - PLACE_TOKENS) : n]),
+        here=decode(asked.tokens[n : n + PLACE_TOKENS]),
+        there=decode(there.tokens[n : n + PLACE_TOKENS]),
     )
 
 
 def _bare(message: Message) -> bytes:
-    """The message without what never changes the prompt."""
-    parts = tuple(replace(part, mark=None) for part in message.parts)
-    return msgspec.json.encode(replace(message, parts=parts, mark=None))
+    """The message without what never changes the prompt: marks, and how its text is cut into parts."""
+    return msgspec.json.encode(replace(message, parts=(TextPart(message.text),), mark=None))
 
 
 def _digest(raw: bytes) -> bytes:

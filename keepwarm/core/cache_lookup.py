@@ -43,9 +43,10 @@ class CacheLookup(Struct, frozen=True):
     """What was read of a prompt, and why not more.
 
     "hit": all that this prompt could share with what the tenant had stored or marked; "partial": less; "miss": nothing.
-    `n_missed` are the tokens that an earlier prompt had in common with this one, or that its breakpoints cover, and that
-    were not read. `compared_with` is the turn it was compared with; `place` is where they differ. `compare_found` is
-    whether the turn that the client named is known; None: it named none.
+    `n_missed` are the tokens that would have been read as well but for the cause: those of a prefix that expired, was
+    evicted and so on; where something changed, those that the earlier prompt has, up to this one's end. `compared_with` is
+    the turn it was compared with; `place` is where they differ. `compare_found` is whether the turn that the client named
+    is known; None: it named none.
     """
 
     outcome: Outcome

@@ -1,11 +1,11 @@
 """The tenant's recent prompts and what became of its recent turns: what a miss is explained by, and GET /admin/turns/{id}.
 
-In memory only, bounded in turns and in bytes of token ids over all tenants; the oldest leave first. A restart begins with
-none, and a miss is then "first seen". Nothing here is ever looked up but by tenant.
+In memory only, bounded in turns and in bytes over all tenants; the oldest leave first. A restart begins with none, and a
+miss is then "first seen". Nothing here is ever looked up but by tenant. No call takes longer the more is remembered, but
+for `look`, which reads the tenant's own prompts.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from msgspec import Struct
 
@@ -14,8 +14,10 @@ from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.event import Usage
 
 PROMPTS_PER_TENANT_MAX = 32  # a coding agent with its helpers has a handful of conversations at a time
-PROMPT_BYTES_MAX = 64 << 20  # token ids of all tenants' prompts: 160 of 100,000 tokens
+PROMPT_BYTES_MAX = 64 << 20  # all tenants' prompts: 160 of 100,000 tokens
 RECORDS_MAX = 10_000  # turns of all tenants, about a kilobyte each
+BLOCK_BYTES = 192  # of memory for a block's name and digest, measured
+ASKED_BYTES = 1024  # of memory for a prompt beside its tokens and blocks
 
 
 class TurnRecord(Struct, frozen=True):
@@ -34,28 +36,46 @@ class TurnRecord(Struct, frozen=True):
 class History:
     """Recent prompts and turns. Used from the event loop only."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, *, bytes_max: int = PROMPT_BYTES_MAX) -> None:
         self._decode = decode
-        self._prompts: OrderedDict[tuple[str, str], Asked] = OrderedDict()  # by tenant and turn, oldest first
-        self._n_bytes = 0
+        self._bytes_max = bytes_max
+        self._prompts: dict[str, OrderedDict[str, Asked]] = {}  # by tenant and turn, oldest first
+        self._ages: OrderedDict[tuple[str, str], None] = OrderedDict()  # the same, of all tenants in one row
         self._records: OrderedDict[tuple[str, str], TurnRecord] = OrderedDict()
+        self._n_bytes = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """What the prompts take, about."""
+        return self._n_bytes
 
     def look(self, tenant: str, asked: Asked, facts: Facts, compare_with: str | None) -> CacheLookup:
         """What the look-up of a turn came to, against the tenant's other prompts."""
-        recent = [one for one in self._of(tenant) if one.turn_id != asked.turn_id]
+        recent = [one for one in reversed(self._prompts.get(tenant, {}).values()) if one.turn_id != asked.turn_id]
         return explain(asked, recent, facts, self._decode, compare_with=compare_with)
 
     def asked(self, tenant: str, asked: Asked) -> None:
         """A turn with this prompt has begun, or (`is_finished`) its prompt is stored now."""
-        key = tenant, asked.turn_id
-        known = self._prompts.pop(key, None)
-        self._prompts[key] = asked
-        self._n_bytes += asked.tokens.nbytes - (known.tokens.nbytes if known is not None else 0)
-        mine = [one for one in self._prompts if one[0] == tenant]
-        for old in mine[: len(mine) - PROMPTS_PER_TENANT_MAX]:
-            self._drop(old)
-        while self._n_bytes > PROMPT_BYTES_MAX and len(self._prompts) > 1:
-            self._drop(next(iter(self._prompts)))
+        self.forget(tenant, asked.turn_id)
+        mine = self._prompts.setdefault(tenant, OrderedDict())
+        mine[asked.turn_id] = asked
+        self._ages[tenant, asked.turn_id] = None
+        self._n_bytes += _n_bytes(asked)
+        if len(mine) > PROMPTS_PER_TENANT_MAX:
+            self.forget(tenant, next(iter(mine)))
+        while self._n_bytes > self._bytes_max and len(self._ages) > 1:
+            self.forget(*next(iter(self._ages)))
+
+    def forget(self, tenant: str, turn_id: str) -> None:
+        """Nothing can be said any more of what is stored of this turn's prompt. An unknown one is no error."""
+        mine = self._prompts.get(tenant, OrderedDict())
+        gone = mine.pop(turn_id, None)
+        if gone is None:
+            return
+        del self._ages[tenant, turn_id]
+        self._n_bytes -= _n_bytes(gone)
+        if not mine:
+            del self._prompts[tenant]
 
     def record(self, tenant: str, record: TurnRecord) -> None:
         """Remember a turn, or what is new of it."""
@@ -67,9 +87,6 @@ class History:
         """The tenant's own turn."""
         return self._records.get((tenant, turn_id))
 
-    def _of(self, tenant: str) -> Iterator[Asked]:
-        """The newest first."""
-        return (asked for (owner, _), asked in reversed(self._prompts.items()) if owner == tenant)
 
-    def _drop(self, key: tuple[str, str]) -> None:
-        self._n_bytes -= self._prompts.pop(key).tokens.nbytes
+def _n_bytes(asked: Asked) -> int:
+    return ASKED_BYTES + BLOCK_BYTES * len(asked.blocks) + asked.tokens.nbytes

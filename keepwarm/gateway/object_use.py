@@ -10,17 +10,22 @@ from datetime import UTC, datetime
 from msgspec import Struct
 from msgspec.structs import replace
 
+from keepwarm.core.cache_lookup import MissCause
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import CacheUse, ChatRequest
 
 
 class ObjectUse(Struct, frozen=True):
-    """The request with the object's messages in it, the object if it applies, and its status at that moment."""
+    """The request with the object's messages in it, the object if it applies, and its status at that moment.
+
+    `lost`: the object is not there (DELETED) or lives no more (EXPIRED), and the request runs without it.
+    """
 
     request: ChatRequest
     object: CacheObject | None = None
     status: ObjectStatus | None = None
+    lost: MissCause | None = None
 
 
 def use_object(
@@ -28,11 +33,13 @@ def use_object(
 ) -> ObjectUse:
     """Apply `found` to the request. Raises ApiError (role form only): UNKNOWN_CACHE, EXPIRED_CACHE, INVALID_REQUEST."""
     if use.resent:
-        if found is None or not same_model or not _begins_with(request, found):
+        if found is None:
+            return ObjectUse(request, lost=MissCause.DELETED)
+        if not same_model or not _begins_with(request, found):
             return ObjectUse(request)
         status = found.effective_status(now)
         if status is ObjectStatus.INACTIVE and use.reset_ttl_s is None:
-            return ObjectUse(request)
+            return ObjectUse(request, lost=MissCause.EXPIRED)
         return ObjectUse(request, found, status)
     if found is None:
         named = f"tag {use.tag!r}" if use.tag is not None else f"cache {use.object_id!r}"

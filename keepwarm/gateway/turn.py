@@ -29,6 +29,7 @@ from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.history import TurnRecord
 from keepwarm.gateway.lookups import Look, Lookups
+from keepwarm.gateway.object_use import ObjectUse
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -69,7 +70,7 @@ class Turn:
         self.phases = phases
         self.stream = EventStream(events_max)
         self.object: CacheObject | None = None  # the cache object in use, if one applies
-        self.object_status: ObjectStatus | None = None  # when the turn began
+        self.object_use = ObjectUse(request)  # as it was when the turn began
         self.n_tokens_saved = 0  # of the object, by this turn
         self.rewritten: tuple[str, ...] = ()  # what normalisers changed
         self.lookup: CacheLookup | None = None  # once it has started
@@ -212,9 +213,8 @@ class Turns:
             if request.thinking and not built.reasoning:
                 message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
                 raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
-            look = self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object)
-            finished = await self._answer(turn, request, built, rules, look)
-            self._lookups.end(look)
+            with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
+                finished = await self._answer(turn, request, built, rules, look)
             await self._renew_object(turn)
         self._offer_settling(turn, request)
         return finished
@@ -229,7 +229,7 @@ class Turns:
         measured = turn.phases.measure("objects") if turn.request.cache is not None else nullcontext()
         with measured:
             used = await self._caching.applied(turn.tenant, turn.request)
-        turn.object, turn.object_status = used.object, used.status
+        turn.object, turn.object_use = used.object, used
         return used.request
 
     def _note(self, turn: Turn, status: str, usage: Usage | None = None) -> None:
@@ -323,7 +323,7 @@ def _choice_of(turn: Turn, request: ChatRequest, choice: int) -> tuple[str, Chat
 
 def _dry_run(turn: Turn) -> Finished:
     """An empty answer that says, by `turn.n_tokens_saved`, what the cache object would have saved. Nothing runs."""
-    ready = turn.object is not None and turn.object_status is ObjectStatus.READY
+    ready = turn.object is not None and turn.object_use.status is ObjectStatus.READY
     turn.take(Started(n_prompt=0, cache_read=turn.object.n_tokens if turn.object is not None and ready else 0))
     for choice in range(turn.request.n):
         turn.take(ChoiceFinished("stop", n_output=0, choice=choice))

@@ -9,13 +9,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config as AlembicConfig
 from alembic.migration import MigrationContext
 
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.storage import METADATA, Storage, StorageError, api_keys, database_path
+from keepwarm.core.request import Mark, Message, TextPart, ToolCall
+from keepwarm.storage import METADATA, MIGRATIONS, Storage, StorageError, api_keys, cache_objects, database_path
 
 WRITER = Path(__file__).parent / "storage_writer.py"
 
@@ -94,6 +98,63 @@ def test_opening_again_keeps_the_rows(path: Path) -> None:
     storage = Storage.open(path, busy_s=1.0)
     assert storage.run_sync(key_names) == {"one"}
     storage.close()
+
+
+def test_marks_in_stored_messages_become_objects(path: Path) -> None:
+    """A database as the first release left it; marks were true or false then."""
+    old = (
+        b'[{"role":"system","parts":[{"type":"text","text":"a \\u00e9","mark":true},{"type":"text","text":"b","mark":false}]},'
+        b'{"role":"user","parts":[{"type":"text","text":"c"}],"tool_calls":[{"id":"1","name":"f","arguments":"{}"}]}]'
+    )
+    _at_revision(path, "r0001")
+    columns = {"generation": 1, "created_at": 1, "expires_at": 2_000_000_000, "n_tokens": 5, "tools": b"[]"}
+    texts = {"tenant": "t", "model": "m", "status": "ready", "name": "", "description": ""}
+    rows = [
+        {**texts, **columns, "id": "cache-1", "messages": old},
+        {**texts, **columns, "id": "cache-2", "messages": b"[]"},
+    ]
+    with sqlite3.connect(path) as connection:
+        names = ", ".join(rows[0])
+        marks = ", ".join(f":{name}" for name in rows[0])
+        connection.executemany(f"INSERT INTO cache_objects ({names}) VALUES ({marks})", rows)
+    connection.close()
+    storage = Storage.open(path, busy_s=1.0)
+    kept = storage.run_sync(lambda connection: connection.execute(sa.select(cache_objects.c.messages)).scalars().all())
+    storage.close()
+    assert msgspec.json.decode(kept[0], type=tuple[Message, ...]) == (
+        Message("system", (TextPart("a é", mark=Mark(None)), TextPart("b"))),
+        Message("user", (TextPart("c"),), tool_calls=(ToolCall("1", "f", "{}"),)),
+    )
+    assert kept[1] == b"[]"
+
+
+def test_migrating_is_all_or_nothing(path: Path) -> None:
+    """A message that cannot be read: the old database stays as it was, and the server says so and does not start."""
+    _at_revision(path, "r0001")
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO cache_objects (id, tenant, model, status, generation, created_at, expires_at, n_tokens, name,"
+            " description, tools, messages) VALUES ('c', 't', 'm', 'ready', 1, 1, 1, 1, '', '', '[]', '[{\"parts\":')"
+        )
+    connection.close()
+    with pytest.raises(StorageError, match=r"cannot use database .*cache_objects .*'c'"):
+        Storage.open(path, busy_s=1.0)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("r0001",)]
+        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'breakpoints'").fetchall() == [(0,)]
+    connection.close()
+
+
+def _at_revision(path: Path, revision: str) -> None:
+    """Make an empty database as that release made it."""
+    path.parent.mkdir()
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
+    with engine.begin() as connection:
+        config = AlembicConfig()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
 
 
 def test_a_file_that_is_no_database_is_one_line(path: Path) -> None:

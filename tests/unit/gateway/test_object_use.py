@@ -3,6 +3,7 @@
 import pytest
 from msgspec.structs import replace
 
+from keepwarm.core.cache_lookup import MissCause
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import CacheUse, ChatRequest, Message, TextPart, Tool
@@ -89,6 +90,8 @@ def test_any_difference_makes_the_header_form_an_ordinary_call(request_: ChatReq
     assert use(request_, BY_HEADER, OBJECT) == ObjectUse(request_)
 
 
-@pytest.mark.parametrize("found", [None, EXPIRED])
-def test_the_header_form_is_never_an_error(found: CacheObject | None) -> None:
-    assert use(RESENT, BY_HEADER, found) == ObjectUse(RESENT)
+@pytest.mark.parametrize("found, lost", [(None, MissCause.DELETED), (EXPIRED, MissCause.EXPIRED)])
+def test_the_header_form_is_never_an_error_and_tells_why_it_runs_without(
+    found: CacheObject | None, lost: MissCause
+) -> None:
+    assert use(RESENT, BY_HEADER, found) == ObjectUse(RESENT, lost=lost)
