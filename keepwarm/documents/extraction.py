@@ -77,7 +77,7 @@ async def _receive(stdout: asyncio.StreamReader, bytes_max: int) -> bytes:
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill what still runs and take back what was given to it: the process's entry, and the ends of its pipes."""
     if process.returncode is None:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # gone in between; macOS says the second of that
             os.killpg(process.pid, signal.SIGKILL)
     assert process.stdin is not None and process.stdout is not None
     process.stdin.close()

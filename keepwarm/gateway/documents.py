@@ -2,9 +2,9 @@
 
 A document is hostile input: it is read in a process of its own within `Limits.document_…` (keepwarm/documents), and one
 that is broken or out to do harm fails alone, as an ApiError that names its place in the body. Texts read lately are kept,
-by tenant, type and digest of the bytes, so that a conversation that repeats its document has it read once. A request's
-documents are read one after another, so that no request takes every process there may be; the turn's own time bounds the
-wait for one.
+by tenant, type and digest of the bytes, so that a conversation that repeats its document has it read once. Who waits for
+a process waits no longer than the turn may take, and one is always left to the other tenants: documents that take all the
+time they are given hold up their own tenant's only.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
 
 from blake3 import blake3
 from msgspec.structs import replace
@@ -25,6 +26,7 @@ from keepwarm.documents.extraction import extract
 
 HASHED_INLINE_BYTES_MAX = 1 << 20  # a millisecond; more is hashed on a thread
 ENTRY_BYTES = 256  # key, dict slot and string header of one text, roughly
+K = TypeVar("K")
 Extract = Callable[[Order, bytes, float, Mapping[str, str]], Awaitable[str]]
 
 
@@ -35,9 +37,10 @@ class Documents:
         """`extract_text` raises DocumentFault; any other exception is no fault of the document."""
         self._limits = limits
         self._extract = extract_text
-        self._slots = asyncio.Semaphore(limits.documents_at_once_max)
         self._texts = TextCache(limits.document_cache_bytes)
-        self._reading: dict[bytes, tuple[asyncio.Lock, int]] = {}  # by key, with how many hold or wait for the lock
+        self._same = Places[bytes](1)  # by key: nobody else reads the same document meanwhile
+        self._tenants = Places[str](max(1, limits.documents_at_once_max - 1))
+        self._all = asyncio.Semaphore(limits.documents_at_once_max)
 
     async def read(self, request: ChatRequest, tenant: str = "") -> ChatRequest:
         """The request with a text part in place of each document. Raises ApiError(INVALID_REQUEST)."""
@@ -73,10 +76,10 @@ class Documents:
                 self._limits.document_memory_bytes_max,
             )
             key = await self._key(tenant, order, part.data)
-            async with self._alone(key):
+            async with self._same.one(key):
                 text = self._texts.get(key)
                 if text is None:
-                    async with self._slots:
+                    async with self._tenants.one(tenant), self._all:
                         text = await self._extract(
                             order, part.data, self._limits.document_s_max, document_environment()
                         )
@@ -101,18 +104,29 @@ class Documents:
 
         return digest() if len(data) <= HASHED_INLINE_BYTES_MAX else await asyncio.to_thread(digest)
 
+
+class Places(Generic[K]):
+    """So many places for each key. What a key takes here is kept while somebody holds or waits for one of its places."""
+
+    def __init__(self, n_places: int) -> None:
+        self._n_places = n_places
+        self._kept: dict[K, tuple[asyncio.Semaphore, int]] = {}  # with how many hold or wait
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
     @asynccontextmanager
-    async def _alone(self, key: bytes) -> AsyncIterator[None]:
-        """Nobody else reads this document meanwhile. A lock is kept while somebody holds or waits for it."""
-        lock, n_holders = self._reading.get(key, (asyncio.Lock(), 0))
-        self._reading[key] = lock, n_holders + 1
+    async def one(self, key: K) -> AsyncIterator[None]:
+        """One of the key's places, in the order of asking."""
+        places, n_users = self._kept.get(key) or (asyncio.Semaphore(self._n_places), 0)
+        self._kept[key] = places, n_users + 1
         try:
-            async with lock:
+            async with places:
                 yield
         finally:
-            _, n_holders = self._reading.pop(key)
-            if n_holders > 1:
-                self._reading[key] = lock, n_holders - 1
+            _, n_users = self._kept.pop(key)
+            if n_users > 1:
+                self._kept[key] = places, n_users - 1
 
 
 class TextCache:

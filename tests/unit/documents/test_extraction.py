@@ -30,9 +30,14 @@ async def read(asked: Order, data: bytes = b"text", *, s_max: float = 60, script
     return await extract(asked, data, s_max, document_environment(), (sys.executable, "-c", script))
 
 
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The server's own loop: how pipes and processes end differs between loops."""
+    return "asyncio", {"use_uvloop": True}
+
+
 async def test_a_document_is_read_in_a_process():
     assert await read(order(), "Grüße\r\n".encode()) == "Grüße\n"
-    assert await read(order(Kind.PDF), pdf([["Hello"]])) == "Hello"
     assert await read(order(Kind.DOCX), docx(["Title", "text"])) == "# Title\n\ntext"
 
 
@@ -49,9 +54,9 @@ async def test_what_the_process_refuses_is_the_documents_fault():
 
 
 async def test_a_memory_bomb_is_refused():
-    bomb = bomb_pdf(512 * MIB)
+    bomb = bomb_pdf(160 * MIB)
     assert len(bomb) < MIB
-    with pytest.raises(DocumentFault, match=r"takes more than 67,108,864 bytes of memory|cannot be read as PDF"):
+    with pytest.raises(DocumentFault, match="takes more than 67,108,864 bytes of memory"):
         await read(order(Kind.PDF, memory_bytes_max=64 * MIB), bomb)
 
 

@@ -12,7 +12,7 @@ from keepwarm.core.document import document_text
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import ChatRequest, DocumentPart, Mark, Message, Part, TextPart
 from keepwarm.documents import DocumentFault, Order
-from keepwarm.gateway.documents import Documents, TextCache
+from keepwarm.gateway.documents import Documents, Places, TextCache
 from tests.files import pdf
 
 pytestmark = pytest.mark.anyio
@@ -132,7 +132,7 @@ async def test_no_more_are_read_at_once_than_allowed_and_a_cancelled_wait_takes_
     reader = Reader(asyncio.Event())
     documents = Documents(Limits(documents_at_once_max=2), reader)
     async with asyncio.TaskGroup() as tasks:
-        readings = [tasks.create_task(documents.read(asking(document(b"%d" % n)))) for n in range(6)]
+        readings = [tasks.create_task(documents.read(asking(document(b"%d" % n)), str(n))) for n in range(6)]
         await settled()
         assert reader.n_running == 2
         readings[1].cancel()
@@ -142,6 +142,44 @@ async def test_no_more_are_read_at_once_than_allowed_and_a_cancelled_wait_takes_
         reader.gate.set()
     assert reader.n_running_max == 2 and reader.n_running == 0
     assert sorted(reader.read) == [b"0", b"1", b"2", b"3", b"5"]
+
+
+async def test_one_place_is_left_to_the_other_tenants():
+    reader = Reader(asyncio.Event())
+    documents = Documents(Limits(documents_at_once_max=3), reader)
+    async with asyncio.TaskGroup() as tasks:
+        for n in range(4):
+            tasks.create_task(documents.read(asking(document(b"a%d" % n)), "a"))
+        await settled()
+        assert reader.read == [b"a0", b"a1"]
+        tasks.create_task(documents.read(asking(document(b"b")), "b"))
+        await settled()
+        assert reader.read == [b"a0", b"a1", b"b"]
+        reader.gate.set()
+    assert reader.n_running_max == 3
+
+
+async def test_one_place_in_all_goes_from_tenant_to_tenant():
+    reader = Reader()
+    documents = Documents(Limits(documents_at_once_max=1), reader)
+    async with asyncio.TaskGroup() as tasks:
+        for n in range(6):
+            tasks.create_task(documents.read(asking(document(b"%d" % n)), f"tenant {n % 2}"))
+    assert len(reader.read) == 6 and reader.n_running_max == 1
+
+
+async def test_places_are_kept_only_while_somebody_uses_them():
+    places = Places[str](2)
+    async with places.one("a"), places.one("a"), places.one("b"):
+        waiting = asyncio.ensure_future(take(places, "a"))
+        await settled()
+        assert len(places) == 2 and not waiting.done()
+        waiting.cancel()
+        await settled()
+        assert len(places) == 2
+    assert len(places) == 0
+    await take(places, "a")
+    assert len(places) == 0
 
 
 async def test_one_request_reads_one_document_at_a_time():
@@ -214,6 +252,11 @@ def test_the_cache_keeps_what_was_used_last_within_its_bytes(uses: list[tuple[in
             del model[next(iter(model))]
         assert len(cache) == len(model) and cache.n_bytes <= cache.bytes_max
     assert cache.n_bytes == sum(len(text) + 49 + 256 for text in model.values())
+
+
+async def take(places: Places[str], key: str) -> None:
+    async with places.one(key):
+        pass
 
 
 async def settled() -> None:
