@@ -10,7 +10,7 @@ import pytest
 from keepwarm.config import document_environment
 from keepwarm.documents import DocumentFault, Kind, Order
 from keepwarm.documents.extraction import ReaderFault, extract
-from tests.files import bomb_pdf, docx, pdf
+from tests.files import bomb_pdf, docx
 
 pytestmark = pytest.mark.anyio
 
