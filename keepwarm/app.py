@@ -134,7 +134,7 @@ async def gateway(
     prompts = await _warm_prompts(config, auth)
     is_durable = await asyncio.to_thread(config.disk_bytes) != 0  # once: what is free on the disk changes
     templating = model.templating
-    rendering = Rendering(templating, model.to_gbnf, config.limits, Documents())
+    rendering = Rendering(templating, model.to_gbnf, config.limits, Documents(config.limits))
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, ids, log, tasks)

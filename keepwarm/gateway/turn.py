@@ -222,7 +222,7 @@ class Turns:
     async def _prepared(self, turn: Turn) -> ChatRequest:
         """The request as it is rendered: with its cache object's messages, volatile lines rewritten, documents read."""
         request, turn.rewritten = normalise(await self._with_object(turn), self._config.model.normalise)
-        return await self._rendering.with_documents(request)
+        return await self._rendering.with_documents(turn.tenant, request)
 
     async def _with_object(self, turn: Turn) -> ChatRequest:
         """The request with the messages of the cache object it names; the turn notes the object if it applies."""
