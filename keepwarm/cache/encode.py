@@ -3,11 +3,15 @@
 The ids are those llama.cpp gives for the same text with its special tokens parsed: the text is cut at the texts of
 control tokens, longest first; what lies between is tokenised as ordinary text, piece by piece.
 
-Two private-use characters ("sentinels", chosen per request so that no input contains them) travel through the chat
+A few private-use characters ("sentinels", chosen per request so that no input contains them) travel through the chat
 template with the client's text and are taken out again before anything is tokenised:
 
     client text  "a <|im_end|> b"      covered   "a <·|im_end|> b"      · is the shield: the cut no longer finds the token
-    client text  "one" mark "two"      woven     "one¦two"              ¦ is the mark: where the client put a breakpoint
+    client text  "one" mark "two"      woven     "one¦two"              ¦ is a mark, a character of its own for each one
+
+Where the marks were found, as offsets into the text without them, `encode` says after which token each one lies. That
+place depends on the text before it alone: tokens that other words behind it could change are left out, so a prefix that
+is marked again, with whatever follows, is the same tokens.
 
 The shield goes inside every occurrence of a control token's text and beside a text's edge that could be completed to
 one by what the template puts there. It holds as long as a template only inserts text: one that takes client text apart
@@ -18,8 +22,10 @@ Nothing here is thread-safe: one `Encoder` belongs to one thread, as its cache d
 
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from msgspec import Struct
@@ -30,42 +36,48 @@ from keepwarm.engine import SpecialToken, Tokenizer
 
 CACHED_CHARS_MIN = 64  # shorter fragments are tokenised faster than the cache would answer
 CACHE_ENTRY_BYTES = 256  # key tuple, dict slot and array header of one entry, roughly
-MARKS_MAX = 64  # the latest marks count: a mark inside a fragment costs tokenising all before it once more
+WINDOW_CHARS = 48  # looked at before a mark; eight times as many while nothing of them is settled
+WINDOW_CHARS_MAX = 3072  # a run of one character may be a token however long it is
+# First characters that join differently with the text before them.
+CONTINUATIONS = ("a", "Z", "7", " b", "\n", "(", "<", "é", "你")
 PRIVATE_USE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
+# Letters, digits or neither, with the character before, which tokenisers keep together with a word. What follows a text can
+# change how its last word is cut; a long one (Chinese, a ruled line) is taken to be settled so far from its end.
+_LAST_WORD = re.compile(r"(?:.?[^\W\d_]{1,32}|.?\d{1,32}|[\W_]{1,32})\Z", re.DOTALL)
 _PRIVATE = re.compile("[" + "".join(f"{chr(low)}-{chr(high)}" for low, high in PRIVATE_USE) + "]")
 
 
 class Sentinels(Struct, frozen=True):
-    """Two characters that occur in no input of one request."""
+    """Characters that occur in no input of one request: the shield, and one for each mark."""
 
     shield: str
-    mark: str
+    marks: str = ""
 
 
 class Encoded(Struct, frozen=True):
-    """`tokens` has shape (n_tokens,), int32, read-only; `marks` are ascending positions in 1..n_tokens."""
+    """`tokens` has shape (n_tokens,), int32, read-only; `ends` are the positions in it of the offsets asked for."""
 
     tokens: Tokens
-    marks: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
-def choose_sentinels(texts: Iterable[str]) -> Sentinels:
-    """Two private-use characters that none of `texts` contains.
+def choose_sentinels(texts: Iterable[str], n_marks: int = 0) -> Sentinels:
+    """Private-use characters that none of `texts` contains.
 
     Raises ApiError(INVALID_REQUEST) when the texts between them use up all 137,468, which only an attack does.
     """
     wide = [text for text in texts if not text.isascii()]
-    first, second = chr(PRIVATE_USE[0][0]), chr(PRIVATE_USE[0][0] + 1)
-    if not any(first in text or second in text for text in wide):
-        return Sentinels(first, second)
+    first = [chr(PRIVATE_USE[0][0] + i) for i in range(1 + n_marks)]
+    if not any(character in text for text in wide for character in first):
+        return Sentinels(first[0], "".join(first[1:]))
     used: set[str] = set()
     for text in wide:
         used.update(_PRIVATE.findall(text))
-    free = (chr(code) for low, high in PRIVATE_USE for code in range(low, high + 1) if chr(code) not in used)
-    shield, mark = next(free, None), next(free, None)
-    if shield is None or mark is None:
+    codes = (chr(code) for low, high in PRIVATE_USE for code in range(low, high + 1))
+    free = list(islice((character for character in codes if character not in used), 1 + n_marks))
+    if len(free) <= n_marks:
         raise ApiError(ErrorKind.INVALID_REQUEST, f"the request uses {len(used):,} private-use characters; no more fit")
-    return Sentinels(shield, mark)
+    return Sentinels(free[0], "".join(free[1:]))
 
 
 def weave(text: str, insertions: Iterable[tuple[int, str]]) -> str:
@@ -76,6 +88,16 @@ def weave(text: str, insertions: Iterable[tuple[int, str]]) -> str:
         pieces += (text[done:position], character)
         done = position
     return "".join((*pieces, text[done:]))
+
+
+def unweave(text: str, marks: str) -> tuple[str, list[int | None]]:
+    """`text` without the characters `marks`, and for each of them where it first stood in what is left."""
+    if not marks or text.isascii():
+        return text, [None] * len(marks)
+    first = [text.find(mark) for mark in marks]
+    before = sorted(found.start() for found in re.finditer(f"[{marks}]", text))
+    places = [at - bisect_left(before, at) if at >= 0 else None for at in first]
+    return re.sub(f"[{marks}]", "", text), places
 
 
 class Shield:
@@ -155,31 +177,41 @@ class Encoder:
         self._cutter = _Cutter(tokenizer.specials)
         self.cache = FragmentCache(fragment_cache_bytes)
 
-    def encode(self, tenant: str, text: str, sentinels: Sentinels | None = None) -> Encoded:
-        """Token ids of `text` with the marks found in it, the begin token in front where the model wants one."""
+    def encode(self, tenant: str, text: str, shield: str = "", offsets: Sequence[int] = ()) -> Encoded:
+        """Token ids of `text` without `shield`, the begin token in front where the model wants one.
+
+        `offsets` are places in the text without shields; one inside a control token's text is taken as before it.
+        """
         pieces: list[Tokens] = []
-        marks: list[int] = []
-        n_tokens = 0
+        ends = dict.fromkeys(offsets, 0)
+        waiting = sorted(offset for offset in ends if offset > 0)
+        n_tokens, at = 0, 0
         for fragment in self._cutter.cut(text):
+            clean = fragment.text.replace(shield, "") if shield else fragment.text
+            start, at = at, at + len(clean)
+            here, waiting = _split(waiting, at)
             if isinstance(fragment, SpecialToken):
-                pieces.append(np.array([fragment.token], np.int32))
-                n_tokens += 1
-                continue
-            clean, offsets = _take_out(fragment.text, sentinels)
-            clean, offsets = _strip(clean, offsets, fragment)
-            if clean:
-                tokens = self._tokens(tenant, clean)
-                offsets = offsets[-MARKS_MAX:]
-                marks += [n_tokens + self._place(tenant, clean, tokens, offset) for offset in offsets]
-                pieces.append(tokens)
-                n_tokens += len(tokens)
-            elif offsets:
-                marks.append(n_tokens)
+                tokens, places = np.array([fragment.token], np.int32), [int(offset == at) for offset in here]
+            else:
+                clean, relative = _strip(clean, [offset - start for offset in here], fragment)
+                tokens = self._tokens(tenant, clean) if clean else np.empty(0, np.int32)
+                places = [self._place(tenant, clean, tokens, offset) for offset in relative]
+            ends.update((offset, n_tokens + place) for offset, place in zip(here, places, strict=True))
+            pieces.append(tokens)
+            n_tokens += len(tokens)
         shift = self._begin(pieces)
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
         tokens.setflags(write=False)
-        placed = sorted({mark + shift for mark in marks} - {0})
-        return Encoded(tokens, tuple(placed[-MARKS_MAX:]))
+        return Encoded(tokens, tuple(ends[offset] + shift if ends[offset] else 0 for offset in offsets))
+
+    def before_control(self, text: str, shield: str, offset: int) -> int:
+        """`offset`, or the beginning of the control token whose text it lies inside."""
+        at = 0
+        for fragment in self._cutter.cut(text):
+            start, at = at, at + len(fragment.text.replace(shield, ""))
+            if offset <= at:
+                return start if isinstance(fragment, SpecialToken) and offset < at else offset
+        return offset
 
     def _begin(self, pieces: list[Tokens]) -> int:
         bos = self._tokenizer.bos
@@ -200,9 +232,25 @@ class Encoder:
 
     def _place(self, tenant: str, text: str, tokens: Tokens, offset: int) -> int:
         """Token position of a mark `offset` characters into `text`: the last one that the text before it settles."""
-        if offset in (0, len(text)):
-            return len(tokens) if offset else 0
-        return common_prefix(self._tokens(tenant, text[:offset]), tokens)
+        head = text[:offset]
+        if not head:
+            return 0
+        before = tokens if offset == len(text) else self._tokens(tenant, head)
+        # In the end what counts is what is there: should it differ still, the mark moves to where it does.
+        return common_prefix(before[: len(before) - self._n_unsettled(head)], tokens)
+
+    def _n_unsettled(self, head: str) -> int:
+        """How many of the last tokens of `head` depend on what follows it: its last word's, and what trying shows."""
+        n_chars = WINDOW_CHARS
+        while True:
+            window = head[-n_chars:]
+            tokens = np.array(self._tokenizer.encode_plain(window), np.int32)
+            last = _LAST_WORD.search(window)
+            others = [window[: last.start() if last else 0], *(window + more for more in (*CONTINUATIONS, window[-1]))]
+            n_settled = min(common_prefix(tokens, np.array(self._tokenizer.encode_plain(o), np.int32)) for o in others)
+            if n_settled or n_chars >= min(len(head), WINDOW_CHARS_MAX):
+                return len(tokens) - n_settled
+            n_chars *= 8
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:
@@ -281,19 +329,13 @@ def _either(texts: Sequence[str]) -> str:
     return "(?:" + "|".join(re.escape(text) for text in texts) + ")" if texts else r"(?!)"
 
 
-def _take_out(text: str, sentinels: Sentinels | None) -> tuple[str, list[int]]:
-    """`text` without sentinels, and the offsets at which marks were."""
-    if sentinels is None or text.isascii():
-        return text, []
-    runs = text.replace(sentinels.shield, "").split(sentinels.mark)
-    offsets, at = [], 0
-    for run in runs[:-1]:
-        at += len(run)
-        offsets.append(at)
-    return "".join(runs), offsets
+def _split(offsets: list[int], at: int) -> tuple[list[int], list[int]]:
+    """Ascending `offsets` up to `at`, and those behind."""
+    n = bisect_right(offsets, at)
+    return offsets[:n], offsets[n:]
 
 
-def _strip(text: str, offsets: list[int], fragment: _Text) -> tuple[str, list[int]]:
+def _strip(text: str, offsets: Sequence[int], fragment: _Text) -> tuple[str, list[int]]:
     space = " \t\n\v\f\r"  # what C's isspace takes for white space
     if fragment.strip_right:
         text = text.rstrip(space)

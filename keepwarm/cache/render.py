@@ -1,9 +1,13 @@
 """Messages and tools to a `Prompt`: the model's own template, its tokens, and the marks where evaluation is cut.
 
-The road of one request: messages → values for the template (tools as text where the template knows none) → sentinels
-into client text → template → `encode` → marks. With breakpoints in the request the template runs twice, with and without
-them, and where the texts differ (a template that looks at its input's end, say) the breakpoints are dropped: marks never
-change what the model reads.
+The road of one request: marks numbered → messages to values for the template (tools as text where the template knows
+none) → sentinels into client text → template → marks' places in the text → `encode`. With breakpoints in the request the
+template runs twice, with and without sentinels for them, and what is tokenised is the text without: marks never change
+what the model reads. Where the two texts differ (a template that looks at its input's end, say), and for breakpoints that
+no text can carry (`marking`), the place is found by trying: where the prompt stops being like other ones that begin alike.
+
+So a breakpoint's end depends on what stands before it and in its block, never on what follows; one that a template gives
+no such place has none. Thinking is the template's affair: it gets what the client sent back of it as `reasoning_content`.
 
 A partial last message is appended behind the generation prompt, so that the answer continues it and the template's
 end-of-message does not follow. Tools are rendered whatever `tool_choice` says, so that it never changes the prefix.
@@ -12,31 +16,41 @@ Not thread-safe: all calls on one `Templating` come from one thread.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from functools import cached_property
 
 from blake3 import blake3
 from msgspec import Struct
 from msgspec.structs import replace
 
-from keepwarm.cache.encode import Encoded, Encoder, Sentinels, Shield, choose_sentinels, common_prefix, weave
+from keepwarm.cache.encode import (
+    CONTINUATIONS,
+    Encoded,
+    Encoder,
+    Sentinels,
+    Shield,
+    choose_sentinels,
+    common_prefix,
+    unweave,
+    weave,
+)
+from keepwarm.cache.marking import (
+    Chat,
+    Spot,
+    breakpoints,
+    common_length,
+    following,
+    mark_offsets,
+    number,
+    variants,
+)
 from keepwarm.cache.template import CHATML, ChatTemplate, Json
-from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, json_value, tool_values
+from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, json_value, told_failed, tool_values
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import Breakpoint, Prompt, Tokens, ToolFormat
-from keepwarm.core.request import Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
+from keepwarm.core.request import Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from keepwarm.engine import SpecialToken, Tokenizer
 
-CONTINUATIONS = (
-    "a",
-    "Z",
-    "7",
-    " b",
-    "\n",
-    "(",
-    "<",
-    "é",
-    "你",
-)  # first characters that join differently with text before
+TRIALS_MAX = 4  # the latest count; as many breakpoints as Anthropic allows, each one up to three renderings
 
 
 class Built(Struct, frozen=True):
@@ -72,6 +86,23 @@ class Templating:
         """Names everything that decides how messages become text, hex."""
         return self._digest
 
+    @cached_property
+    def tools_first(self) -> bool:
+        """Whether tools stand before system text in the prompt, so that other system text keeps their prefix."""
+        tool = Tool("name_of_tool", "", "{}")
+        first, second = (
+            Message("system", (TextPart("first of texts"),)),
+            Message("user", (TextPart("second of texts"),)),
+        )
+        for messages in ((first, second), (second,)):
+            chat = Chat(messages, (tool,), generate=True)
+            try:
+                text = self._render(chat, self._sentinels(chat))
+            except ApiError:  # a template that knows no system messages
+                continue
+            return 0 <= text.find(tool.name) < text.find(messages[0].text)
+        return False
+
     def decode(self, tokens: Tokens) -> str:
         """The text of some tokens, control tokens included; a character torn at either end is U+FFFD."""
         pieces = (
@@ -88,17 +119,22 @@ class Templating:
         *,
         object_tokens: int | None,
         generate: bool = True,
+        thinking: bool | None = None,
     ) -> Built:
         """The prompt of a request. With `generate` the model is asked to answer; a partial last message is continued.
 
         `object_tokens` is the length of the cache object the messages begin with: it becomes a mark, and breakpoints
-        before it are dropped, since the object was computed without them. Raises ApiError(INVALID_REQUEST).
+        before it are dropped, since the object was computed without them. `thinking` is as in `ChatRequest`. Raises
+        ApiError(INVALID_REQUEST).
         """
-        encoded = self._encode(tenant, messages, tools, generate=generate)
-        marks = encoded.marks
+        chat, spots = number(Chat(messages, tools, generate, thinking))
+        encoded = self._encode(tenant, chat, spots)
+        found = breakpoints(zip(spots, encoded.ends, strict=True))
+        marks = tuple(one.end for one in found)
         if object_tokens is not None and 0 < object_tokens <= len(encoded.tokens):
-            marks = (object_tokens, *(mark for mark in marks if mark > object_tokens))
-        return self._built(Prompt(tenant, encoded.tokens, marks), tools, tool_choice)
+            found = tuple(one for one in found if one.end > object_tokens)
+            marks = (object_tokens, *(one.end for one in found))
+        return self._built(Prompt(tenant, encoded.tokens, marks), tools, tool_choice, found)
 
     def object_prefix(self, tenant: str, messages: Sequence[Message], tools: Sequence[Tool]) -> Built:
         """The tokens that every conversation beginning with `messages` begins with, with a mark at their end.
@@ -108,21 +144,22 @@ class Templating:
         until a user speaks). Raises ApiError(INVALID_REQUEST) when nothing can be rendered or nothing is in common.
         """
         bare = [replace(message, parts=(TextPart(message.text),)) for message in messages]
-        renderings: list[tuple[str, Encoded]] = []
+        sentinels = self._sentinels(Chat(bare, tools))
+        renderings: list[tuple[str, Tokens]] = []
         refusals: list[ApiError] = []
-        for continuation, generate in _continuations(bare):
+        for chat in _continued(bare, tools):
             try:
-                text, sentinels = self._render([*bare, *continuation], tools, generate=generate, marked=False)
+                text = self._render(chat, sentinels)
             except ApiError as refusal:
                 refusals.append(refusal)
             else:
                 clean = text.replace(sentinels.shield, "")
-                renderings.append((clean, self._encoder.encode(tenant, text, sentinels)))
+                renderings.append((clean, self._encoder.encode(tenant, text, sentinels.shield).tokens))
         if not renderings:
             raise refusals[0]
         system = [message.text.strip() for message in bare if message.role == "system"]
-        whole = [encoded.tokens for text, encoded in renderings if all(words in text for words in system)]
-        tokens = _shared(whole or [encoded.tokens for _, encoded in renderings])
+        whole = [tokens for text, tokens in renderings if all(words in text for words in system)]
+        tokens = _shared(whole or [tokens for _, tokens in renderings])
         if not len(tokens):
             raise ApiError(
                 ErrorKind.INVALID_REQUEST,
@@ -131,23 +168,53 @@ class Templating:
             )
         return self._built(Prompt(tenant, tokens, (len(tokens),)), tools, ToolChoice())
 
-    def _built(self, prompt: Prompt, tools: Sequence[Tool], choice: ToolChoice) -> Built:
+    def _built(
+        self, prompt: Prompt, tools: Sequence[Tool], choice: ToolChoice, found: tuple[Breakpoint, ...] = ()
+    ) -> Built:
         read_calls = bool(tools) and choice.mode is not ToolMode.NONE
         tool_format = (self._format or ToolFormat.HERMES) if read_calls else None
-        return Built(prompt, tool_format, self._reasoning)
+        return Built(prompt, tool_format, self._reasoning, found)
 
-    def _encode(self, tenant: str, messages: Sequence[Message], tools: Sequence[Tool], *, generate: bool) -> Encoded:
-        text, sentinels = self._render(messages, tools, generate=generate, marked=False)
-        if any(part.mark for message in messages for part in message.texts):
-            marked, _ = self._render(messages, tools, generate=generate, marked=True)
-            if marked.replace(sentinels.mark, "") == text:
-                text = marked
-        return self._encoder.encode(tenant, text, sentinels)
+    def _encode(self, tenant: str, chat: Chat, spots: Sequence[Spot]) -> Encoded:
+        """The tokens of a numbered request, and where each of its marks ends in them: 0 for one that has no place."""
+        sentinels = self._sentinels(chat, len(spots))
+        text = self._render(chat, sentinels)
+        offsets: list[int | None] = []
+        if spots:
+            clean = text.replace(sentinels.shield, "")
+            marked = self._render(chat, sentinels, marked=True).replace(sentinels.shield, "")
+            unmarked, offsets = unweave(marked, sentinels.marks)
+            if unmarked != clean:
+                offsets = [None] * len(spots)
+            for n in [n for n, offset in enumerate(offsets) if offset is None][-TRIALS_MAX:]:
+                offsets[n] = self._tried(chat, spots[n], text, sentinels)
+        return self._encoder.encode(tenant, text, sentinels.shield, [offset or 0 for offset in offsets])
 
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[Tool], *, generate: bool, marked: bool
-    ) -> tuple[str, Sentinels]:
-        """Text with sentinels in it. The same messages and tools get the same sentinels each time."""
+    def _tried(self, chat: Chat, spot: Spot, text: str, sentinels: Sentinels) -> int:
+        """Up to where `text` is what every request begins with that has the same blocks up to this one; 0: nowhere."""
+        shield = sentinels.shield
+        clean = text.replace(shield, "")
+        offset, n_rendered = len(clean), 0
+        for variant in variants(chat, spot):
+            try:
+                other = self._render(variant, sentinels)
+            except ApiError:  # nothing that a request could be
+                continue
+            n_common = common_length(clean, other.replace(shield, ""))
+            # Two control tokens may begin alike; where one of them begins is where the texts part.
+            n_common = min(self._encoder.before_control(one, shield, n_common) for one in (text, other))
+            offset, n_rendered = min(offset, n_common), n_rendered + 1
+        return offset if n_rendered > 1 else 0  # one alone says nothing of where others differ
+
+    def _sentinels(self, chat: Chat, n_marks: int = 0) -> Sentinels:
+        """The same messages and tools get the same ones each time."""
+        values = [_message_value(message) for message in chat.messages]
+        return choose_sentinels((*_strings([*values, *tool_values(chat.tools)]), self._source), n_marks)
+
+    def _render(self, chat: Chat, sentinels: Sentinels, *, marked: bool = False) -> str:
+        """Text with sentinels in it."""
+        messages: Sequence[Message] = [told_failed(message) for message in chat.messages]
+        tools, generate = chat.tools, chat.generate
         if self._format is None:
             messages, tools = as_text(messages, tools), ()
         partial = messages[-1] if messages and messages[-1].partial else None
@@ -155,8 +222,7 @@ class Templating:
             messages, generate = messages[:-1], True
         values = [_message_value(message) for message in messages]
         described = tool_values(tools)
-        texts = [*_strings([*values, *described]), partial.text if partial is not None else ""]
-        sentinels = choose_sentinels((*texts, self._source))
+        ending = self._content(partial, sentinels, marked=marked) if partial is not None else ""
         shown = [
             self._shown(message, value, sentinels, marked=marked)
             for message, value in zip(messages, values, strict=True)
@@ -165,9 +231,10 @@ class Templating:
             shown,
             [self._covered(value, sentinels.shield) for value in described] or None,
             generate=generate,
-            chars_in=sum(map(len, texts)),
+            thinking=chat.thinking,
+            chars_in=len(ending) + sum(map(len, _strings([*values, *described]))),
         )
-        return text + (self._content(partial, sentinels, marked=marked) if partial is not None else ""), sentinels
+        return text + ending
 
     def _shown(
         self, message: Message, value: dict[str, Json], sentinels: Sentinels, *, marked: bool
@@ -185,7 +252,7 @@ class Templating:
         text = message.text
         insertions = [(position, sentinels.shield) for position in self._shield.everywhere(text)]
         if marked:
-            insertions += [(offset, sentinels.mark) for offset in _mark_offsets(message, text)]
+            insertions += [(offset, sentinels.marks[n]) for offset, n in mark_offsets(message, text)]
         return weave(text, insertions) if insertions else text
 
     def _covered(self, value: Json, shield: str) -> Json:
@@ -215,6 +282,8 @@ def _shielded(tokenizer: Tokenizer) -> list[SpecialToken]:
 
 def _message_value(message: Message) -> dict[str, Json]:
     value: dict[str, Json] = {"role": message.role, "content": message.text}
+    if message.reasoning is not None:
+        value["reasoning_content"] = message.reasoning
     if message.name is not None:
         value["name"] = message.name
     if message.tool_calls:
@@ -245,38 +314,12 @@ def _strings(values: Sequence[Json]) -> Iterator[str]:
                 pass
 
 
-def _mark_offsets(message: Message, text: str) -> list[int]:
-    """Where the message's breakpoints lie in its text, not in the white space around it: templates trim that."""
-    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-    offsets, at = [], 0
-    for part in message.texts:
-        at += len(part.text)
-        if part.mark:
-            offsets.append(min(max(at, first), last))
-    return offsets
-
-
-def _continuations(messages: Sequence[Message]) -> Iterator[tuple[tuple[Message, ...], bool]]:
-    """What may follow `messages`: nothing, the generation prompt, a message of each role that can come next."""
-    yield (), False
-    yield (), True
-    roles: list[tuple[Role, str | None]] = [("user", None), ("assistant", None)]
-    open_call = _open_call(messages)
-    if open_call is not None:
-        roles.append(("tool", open_call))
-    for role, tool_call_id in roles:
-        for text in CONTINUATIONS:
-            yield (Message(role, (TextPart(text),), tool_call_id=tool_call_id),), False
-
-
-def _open_call(messages: Sequence[Message]) -> str | None:
-    """The id of a tool call that `messages` leave unanswered at their end, if they do."""
-    results = [
-        message.tool_call_id for message in takewhile(lambda message: message.role == "tool", reversed(messages))
-    ]
-    caller = messages[-1 - len(results)] if len(results) < len(messages) else None
-    calls = caller.tool_calls if caller is not None else ()
-    return next((call.id for call in calls if call.id not in results), None)
+def _continued(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[Chat]:
+    """`messages` alone, with the generation prompt, and with a message of each role that can come next."""
+    yield Chat(messages, tools)
+    yield Chat(messages, tools, generate=True)
+    for message in following(messages, CONTINUATIONS, ("user", "assistant")):
+        yield Chat((*messages, message), tools)
 
 
 def _shared(sequences: Sequence[Tokens]) -> Tokens:

@@ -49,17 +49,26 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as exc:
             raise ValueError(f"the model's chat template is not valid Jinja, line {exc.lineno}: {exc.message}") from exc
 
-    def render(self, messages: Sequence[Json], tools: Sequence[Json] | None, *, generate: bool, chars_in: int) -> str:
+    def render(
+        self,
+        messages: Sequence[Json],
+        tools: Sequence[Json] | None,
+        *,
+        generate: bool,
+        chars_in: int,
+        thinking: bool | None = None,
+    ) -> str:
         """The prompt's text. `chars_in` is the number of characters of client text, for the bound on the output.
 
-        Raises ApiError(INVALID_REQUEST) when the template refuses the messages or a bound is passed.
+        `thinking` is the template's `enable_thinking`; None leaves that undefined, for the template's own choice. Raises ApiError(INVALID_REQUEST) when the template refuses the messages or a bound is passed.
         """
         chars_max = OUTPUT_CHARS_MIN + OUTPUT_PER_INPUT * chars_in
         self._environment.steps_left = STEPS_MAX
+        chosen = {} if thinking is None else {"enable_thinking": thinking}
         pieces, n_chars = [], 0
         try:
             for piece in self._template.generate(
-                messages=messages, tools=tools, add_generation_prompt=generate, **self._tokens
+                messages=messages, tools=tools, add_generation_prompt=generate, **self._tokens, **chosen
             ):
                 self._environment.step()
                 n_chars += len(piece)

@@ -4,13 +4,14 @@ A template that has a part for tools gets them as it expects. For any other one 
 a section of the system message, in the form that Hermes models made common, and the tool messages of a conversation
 become text in the same form, because such a template knows no role "tool" either:
 
-    # Tools                                            after the client's own system text, or as a system message put first
+    # Tools                                            before the client's own system text, or as a system message put first
     <tools>
     {"type": "function", "function": {…}}              one line for each tool
     </tools>
     <tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>       an assistant's call, after its text
     <tool_response>\n…\n</tool_response>                          results, those in a row together in one user message
 
+The section comes first so that the order is tools, system, messages: other system text keeps the tools' prefix.
 Change `SECTION_VERSION` with any of these words: it is part of the template's digest, so stored prefixes do not mix.
 """
 
@@ -28,20 +29,22 @@ from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import ToolFormat
 from keepwarm.core.request import Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 
-SECTION_VERSION = 1
+SECTION_VERSION = 2
 DEPTH_MAX = 64  # objects and arrays within each other; templates and we walk them recursively
-_SECTION = """\
+_BEFORE_TOOLS = """\
 # Tools
 
 These functions can be called, each described by one line of JSON:
 <tools>
-{lines}
+"""
+_AFTER_TOOLS = """\
 </tools>
 
 To call a function, answer with its name and arguments as JSON inside tool_call tags, once for each call:
 <tool_call>
-{{"name": "function name", "arguments": {{"parameter": "value"}}}}
+{"name": "function name", "arguments": {"parameter": "value"}}
 </tool_call>"""
+_BEFORE_SYSTEM = "\n\n# Instructions\n\n"
 _TAGGED_OTHERWISE = ("<function=", "<arg_key>")  # calls inside <tool_call> that are not JSON
 _CALLS = {  # what stands before a call, the name of its arguments, what stands after it
     ToolFormat.HERMES: ("<tool_call>\n", "arguments", "\n</tool_call>"),
@@ -84,14 +87,25 @@ def json_value(text: str) -> Json:
 
 
 def as_text(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[Message, ...]:
-    """The conversation for a template that knows no tools: section, calls and results are text."""
+    """The conversation for a template that knows no tools: section, calls and results are text, marks stay behind theirs.
+
+    Reasoning stays what it is, no text: a template that knows `reasoning_content` shows it, any other leaves it out, as
+    models without such a part in their template have not learnt to read it.
+    """
     plain = tuple(_results_as_user_text([_calls_as_text(message) for message in messages]))
     if not tools:
         return plain
-    section = _SECTION.format(lines="\n".join(dumps(value) for value in tool_values(tools)))
+    section = tuple(_section(tools))
     if plain and plain[0].role == "system":
-        return (replace(plain[0], parts=(*plain[0].parts, TextPart("\n\n" + section))), *plain[1:])
-    return (Message("system", (TextPart(section),)), *plain)
+        return (replace(plain[0], parts=(*section, TextPart(_BEFORE_SYSTEM), *plain[0].parts)), *plain[1:])
+    return (Message("system", section), *plain)
+
+
+def told_failed(message: Message) -> Message:
+    """A tool's result that is an error says so in its text: templates have no other place for that."""
+    if not message.is_error or message.text.lstrip()[:5].casefold() == "error":
+        return message
+    return replace(message, parts=(TextPart("Error: "), *message.parts))
 
 
 def tool_grammar(
@@ -146,12 +160,20 @@ def _literal(text: str) -> str:
     return f'"{escaped}"'
 
 
+def _section(tools: Sequence[Tool]) -> Iterator[TextPart]:
+    yield TextPart(_BEFORE_TOOLS)
+    for tool, value in zip(tools, tool_values(tools), strict=True):
+        yield TextPart(dumps(value), tool.mark)
+        yield TextPart("\n")
+    yield TextPart(_AFTER_TOOLS)
+
+
 def _calls_as_text(message: Message) -> Message:
     if not message.tool_calls:
         return message
     calls = "\n".join(_call_as_text(call) for call in message.tool_calls)
-    parts = (*message.parts, TextPart("\n" + calls)) if message.text else (TextPart(calls),)
-    return replace(message, parts=parts, tool_calls=())
+    text = TextPart("\n" + calls if message.text else calls, message.mark)
+    return replace(message, parts=(*message.parts, text), tool_calls=(), mark=None)
 
 
 def _call_as_text(call: ToolCall) -> str:
@@ -167,5 +189,5 @@ def _results_as_user_text(messages: Sequence[Message]) -> Iterator[Message]:
         parts: list[TextPart] = []
         for result in run:
             parts += (TextPart("\n<tool_response>\n" if parts else "<tool_response>\n"), *result.texts)
-            parts.append(TextPart("\n</tool_response>"))
+            parts.append(TextPart("\n</tool_response>", result.mark))
         yield Message("user", tuple(parts))

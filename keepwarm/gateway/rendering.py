@@ -40,9 +40,9 @@ class Rendering:
         """See `Templating.digest`."""
         return self._templating.digest
 
-    async def with_documents(self, request: ChatRequest) -> ChatRequest:
+    async def with_documents(self, tenant: str, request: ChatRequest) -> ChatRequest:
         """See `Documents.read`."""
-        return await self._documents.read(request)
+        return await self._documents.read(request, tenant)
 
     async def request(
         self, tenant: str, request: ChatRequest, object_tokens: int | None, n_ctx: int
@@ -51,7 +51,12 @@ class Rendering:
 
         def call() -> tuple[Built, OutputRules]:
             built = self._templating.build(
-                tenant, request.messages, request.tools, request.tool_choice, object_tokens=object_tokens
+                tenant,
+                request.messages,
+                request.tools,
+                request.tool_choice,
+                object_tokens=object_tokens,
+                thinking=request.thinking,
             )
             return built, output_rules(request, built, n_ctx, self._limits, self._to_gbnf)
 
@@ -69,12 +74,19 @@ class Rendering:
         *,
         object_tokens: int | None,
         generate: bool = True,
+        thinking: bool | None = None,
     ) -> Built:
         """See `Templating.build`. Raises ApiError(INVALID_REQUEST)."""
 
         def call() -> Built:
             return self._templating.build(
-                tenant, messages, tools, tool_choice, object_tokens=object_tokens, generate=generate
+                tenant,
+                messages,
+                tools,
+                tool_choice,
+                object_tokens=object_tokens,
+                generate=generate,
+                thinking=thinking,
             )
 
         return await self._run(_n_chars(messages, tools), call)

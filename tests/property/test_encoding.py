@@ -1,16 +1,18 @@
 """Tokenising rendered text against a naive twin; hostile text never gives control tokens; marks never change tokens."""
 
+from functools import cache
+
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from keepwarm.cache.encode import Encoder, Sentinels, Shield, weave
+from keepwarm.cache.encode import Encoder, Shield, weave
 from keepwarm.cache.render import Templating
-from keepwarm.core.request import Message, TextPart, ToolChoice
+from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice
 from keepwarm.engine import SpecialToken
 from tests.tokenizers import CHATML, SPECIALS, ByteTokenizer, WordTokenizer, naive_encode
 
-SHIELD, MARK = "\ue000", "\ue001"
-SENTINELS = Sentinels(SHIELD, MARK)
+SHIELD = "\ue000"
 PIECES = [
     *(special.text for special in SPECIALS),
     "<|",
@@ -43,6 +45,33 @@ templates = st.sampled_from(
         "{% for m in messages %}<{{ m.content }}{% endfor %}>",
     ]
 )
+
+HERMES = (
+    "{% for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+with_tools = st.sampled_from([CHATML, CHATML.replace("message['content']", "(message['content'] | trim)"), HERMES])
+TOOL, CALL = Tool("f", "d", "{}"), ToolCall("1", "f", '{"a": 1}')
+marks = st.sampled_from([None, None, Mark(), Mark(300), Mark(3600)])
+tools = st.lists(st.builds(Tool, st.sampled_from("fgh"), texts, st.just("{}"), marks), min_size=1, max_size=3)
+
+
+def conversations(mark: st.SearchStrategy[Mark | None], n_max: int) -> st.SearchStrategy[list[Message]]:
+    """Up to `n_max` messages of any roles, at least one; some of the assistant's have calls."""
+    parts = st.lists(st.builds(TextPart, texts, mark), max_size=3).map(tuple)
+    said = st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), parts, mark=mark)
+    called = st.builds(
+        Message, st.just("assistant"), parts, tool_calls=st.sampled_from([(CALL,), (CALL, CALL)]), mark=mark
+    )
+    return st.lists(said | called, min_size=1, max_size=n_max)
+
+
+@cache
+def templating(template: str, words: bool) -> Templating:
+    """One for all examples: compiling a template takes longer than using it."""
+    return Templating((WordTokenizer if words else ByteTokenizer)(template), fragment_cache_bytes=1000)
 
 
 @given(texts, st.booleans())
@@ -92,7 +121,10 @@ def test_client_text_gives_no_control_tokens(template: str, contents: list[str])
 )
 def test_marks_never_change_tokens(template: str, contents: list[list[tuple[str, bool]]], words: bool) -> None:
     subject = Templating((WordTokenizer if words else ByteTokenizer)(template), fragment_cache_bytes=1000)
-    marked = [Message("user", tuple(TextPart(text, mark) for text, mark in parts)) for parts in contents]
+    marked = [
+        Message("user", tuple(TextPart(text, Mark(300) if mark else None) for text, mark in parts))
+        for parts in contents
+    ]
     plain = [Message("user", (TextPart(message.text),)) for message in marked]
     with_marks = subject.build("t", marked, (), ToolChoice(), object_tokens=None).prompt
     without = subject.build("t", plain, (), ToolChoice(), object_tokens=None).prompt
@@ -100,6 +132,54 @@ def test_marks_never_change_tokens(template: str, contents: list[list[tuple[str,
     assert without.marks == ()
     assert list(with_marks.marks) == sorted(set(with_marks.marks))
     assert all(1 <= mark <= with_marks.n_tokens for mark in with_marks.marks)
+
+
+@given(with_tools, st.booleans(), conversations(marks, 3), conversations(st.none(), 2), st.lists(texts, max_size=2))
+def test_what_follows_a_mark_never_moves_it(
+    template: str, words: bool, head: list[Message], tail: list[Message], appended: list[str]
+) -> None:
+    subject = templating(template, words)
+    built = subject.build("t", head, (TOOL,), ToolChoice(), object_tokens=None)
+    last = head[-1]
+    if last.mark is None and not last.tool_calls:
+        head = [*head[:-1], replace(last, parts=(*last.parts, *map(TextPart, appended)))]
+    other = subject.build("t", [*head, *tail], (TOOL,), ToolChoice(), object_tokens=None)
+    assert other.breakpoints == built.breakpoints
+    assert other.prompt.marks == built.prompt.marks == tuple(one.end for one in built.breakpoints)
+    n = max(built.prompt.marks, default=0)
+    assert other.prompt.tokens[:n].tolist() == built.prompt.tokens[:n].tolist()
+
+
+@given(with_tools, st.booleans(), tools, tools, conversations(st.none(), 2), conversations(st.none(), 2))
+def test_a_tools_mark_depends_on_the_tools_up_to_it(
+    template: str, words: bool, head: list[Tool], tail: list[Tool], one: list[Message], other: list[Message]
+) -> None:
+    subject = templating(template, words)
+    built = subject.build("t", one, head, ToolChoice(), object_tokens=None)
+    unmarked = [replace(tool, mark=None) for tool in tail]
+    longer = subject.build("t", other, [*head, *unmarked], ToolChoice(), object_tokens=None)
+    assert longer.breakpoints == built.breakpoints
+    assert len(built.breakpoints) == sum(tool.mark is not None for tool in head)
+    n = max(built.prompt.marks, default=0)
+    assert longer.prompt.tokens[:n].tolist() == built.prompt.tokens[:n].tolist()
+
+
+@given(with_tools, st.booleans(), conversations(marks, 3), tools, st.booleans())
+def test_marks_anywhere_never_change_tokens(
+    template: str, words: bool, messages: list[Message], described: list[Tool], generate: bool
+) -> None:
+    subject = templating(template, words)
+    plain = [replace(m, parts=tuple(TextPart(part.text) for part in m.texts), mark=None) for m in messages]
+    bare = [replace(tool, mark=None) for tool in described]
+    with_marks, without = (
+        subject.build("t", chat, shown, ToolChoice(), object_tokens=None, generate=generate)
+        for chat, shown in ((messages, described), (plain, bare))
+    )
+    assert with_marks.prompt.tokens.tolist() == without.prompt.tokens.tolist()
+    assert without.breakpoints == ()
+    found = [one.end for one in with_marks.breakpoints]
+    assert found == sorted(set(found))
+    assert all(1 <= end <= with_marks.prompt.n_tokens for end in found)
 
 
 @given(texts, texts)

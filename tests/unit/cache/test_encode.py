@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -7,14 +7,17 @@ import pytest
 from keepwarm.cache.encode import (
     CACHE_ENTRY_BYTES,
     CACHED_CHARS_MIN,
-    MARKS_MAX,
     PRIVATE_USE,
+    WINDOW_CHARS,
+    WINDOW_CHARS_MAX,
+    Encoded,
     Encoder,
     FragmentCache,
     Sentinels,
     Shield,
     choose_sentinels,
     common_prefix,
+    unweave,
     weave,
 )
 from keepwarm.core.errors import ApiError, ErrorKind
@@ -22,12 +25,18 @@ from keepwarm.engine import SpecialToken
 from tests.tokenizers import SPECIALS, ByteTokenizer, WordTokenizer, naive_encode
 
 SHIELD, MARK = "\ue000", "\ue001"
-SENTINELS = Sentinels(SHIELD, MARK)
 LONG = "All happy families are alike; each unhappy family is unhappy in its own way. "
 
 
 def encoder(tokenizer: ByteTokenizer, n_bytes: int = 1 << 20) -> Encoder:
     return Encoder(tokenizer, fragment_cache_bytes=n_bytes)
+
+
+def marked(tokenizer: ByteTokenizer, text: str) -> Encoded:
+    """`text` tokenised with an end asked for at each ¦ in it."""
+    runs = text.split("¦")
+    offsets = [0, *accumulate(map(len, runs))][1:-1]
+    return encoder(tokenizer).encode("t", "".join(runs), SHIELD, offsets)
 
 
 @pytest.mark.parametrize(
@@ -69,44 +78,75 @@ def test_tokens_are_int32_and_read_only() -> None:
         tokens[0] = 1
 
 
-def test_sentinels_leave_no_trace() -> None:
-    tokens = encoder(ByteTokenizer()).encode("t", f"a<{SHIELD}|im_end|>{MARK}b", SENTINELS).tokens
-    assert bytes(tokens.tolist()) == b"a<|im_end|>b"
+def test_shields_leave_no_trace_and_do_not_count() -> None:
+    text = f"a.<{SHIELD}|im_end|>{SHIELD}b.c"
+    encoded = encoder(ByteTokenizer()).encode("t", text, SHIELD, [2, 14])
+    assert bytes(encoded.tokens.tolist()) == b"a.<|im_end|>b.c"
+    assert encoded.ends == (1, 13)
 
 
 def test_sentinels_of_another_request_are_ordinary_text() -> None:
     assert bytes(encoder(ByteTokenizer()).encode("t", f"a{SHIELD}b").tokens.tolist()) == f"a{SHIELD}b".encode()
 
 
-def test_a_mark_lies_where_the_text_before_it_ends() -> None:
-    encoded = encoder(ByteTokenizer()).encode("t", f"<|im_start|>one{MARK}two{MARK}<|im_end|>", SENTINELS)
-    assert encoded.marks == (4, 7)
-    assert len(encoded.tokens) == 8
+def test_a_mark_lies_where_the_text_before_it_ends_but_for_its_last_word() -> None:
+    encoded = marked(ByteTokenizer(), "<|im_start|>¦one.¦two.¦<|im_end|>¦")
+    assert encoded.ends == (1, 4, 8, 10)
+    assert len(encoded.tokens) == 10
+
+
+def test_a_place_inside_a_control_token_is_before_it() -> None:
+    text = f"a{SHIELD}b<s><|eot|>"
+    before = [encoder(ByteTokenizer()).before_control(text, SHIELD, offset) for offset in range(13)]
+    assert before == [0, 1, 2, 2, 2, 5, 5, 5, 5, 5, 5, 5, 12]
+
+
+def test_places_come_in_the_order_they_were_asked_for() -> None:
+    assert encoder(ByteTokenizer()).encode("t", "ab.de.", SHIELD, [6, 3, 0, 3]).ends == (5, 2, 0, 2)
 
 
 def test_a_mark_inside_a_token_moves_before_it() -> None:
-    encoded = encoder(WordTokenizer()).encode("t", f"some wor{MARK}ds here", SENTINELS)
+    encoded = marked(WordTokenizer(), "some wor¦ds here")
     assert encoded.tokens.tolist() == WordTokenizer().encode_plain("some words here")
-    assert encoded.marks == (1,)
+    assert encoded.ends == (1,)
+    assert marked(ByteTokenizer(), "a<|im_¦end|>b").ends == (1,)
+
+
+@pytest.mark.parametrize(
+    "head, n_settled",
+    [
+        ("a word", 1),
+        ("a word.", 2),
+        ("a word. ", 2),
+        ("a\n", 1),
+        ("a\n\n(", 1),
+        ("word", 0),
+        ("7 of 12", 2),
+        ("好.一", 1),
+    ],
+)
+def test_tokens_that_what_follows_could_change_are_not_before_the_mark(head: str, n_settled: int) -> None:
+    for tail in ("", "s", " b", "9", ".", "\n", " \n", "<|im_end|>", "é", "\t\n"):
+        encoded = marked(WordTokenizer(), f"<s>{head}¦{tail}")
+        assert encoded.ends == (1 + n_settled,)
+        assert encoded.tokens[: encoded.ends[0]].tolist() == [1004, *WordTokenizer().encode_plain(head)[:n_settled]]
+
+
+@pytest.mark.parametrize("n_chars", [WINDOW_CHARS, WINDOW_CHARS * 4, WINDOW_CHARS_MAX, WINDOW_CHARS_MAX * 2])
+def test_a_long_word_before_a_mark_is_seen_whole_or_left_out(n_chars: int) -> None:
+    head = "two words " + "x" * n_chars
+    n_settled = len(WordTokenizer().encode_plain("two words"))
+    assert marked(WordTokenizer(), head + "¦").ends == marked(WordTokenizer(), head + "¦y").ends == (n_settled,)
 
 
 def test_the_begin_token_moves_marks() -> None:
-    assert encoder(ByteTokenizer(bos=1004)).encode("t", f"one{MARK}two", SENTINELS).marks == (4,)
-
-
-def test_marks_at_the_beginning_or_in_one_place_are_one_or_none() -> None:
-    assert encoder(ByteTokenizer()).encode("t", f"{MARK}one{MARK}{MARK}<s>{MARK}", SENTINELS).marks == (3, 4)
+    assert marked(ByteTokenizer(bos=1004), "¦one.¦two").ends == (0, 4)
 
 
 def test_a_mark_in_swallowed_white_space_stays_beside_its_text() -> None:
-    encoded = encoder(ByteTokenizer()).encode("t", f"one  {MARK}[MASK]two[SEP] {MARK} six{MARK}", SENTINELS)
-    assert bytes(i for i in encoded.tokens.tolist() if i < 256) == b"onetwosix"
-    assert encoded.marks == (3, 8, 11)
-
-
-def test_the_latest_marks_count() -> None:
-    text = "".join(f"{i:03d}{MARK}" for i in range(MARKS_MAX + 5))
-    assert encoder(ByteTokenizer()).encode("t", text, SENTINELS).marks == tuple(3 * i for i in range(6, MARKS_MAX + 6))
+    encoded = marked(ByteTokenizer(), "one.  ¦[MASK]two.[SEP] ¦ six.¦")
+    assert bytes(i for i in encoded.tokens.tolist() if i < 256) == b"one.two.six."
+    assert encoded.ends == (3, 10, 13)
 
 
 def test_text_seen_before_is_not_tokenised_again() -> None:
@@ -166,18 +206,24 @@ def test_what_does_not_fit_is_not_kept() -> None:
 
 
 def test_sentinels_avoid_what_the_request_contains() -> None:
-    assert choose_sentinels(["plain", "caf\u00e9"]) == SENTINELS
-    chosen = choose_sentinels([f"a{SHIELD}", "\ue002 \ue003", "é"])
-    assert chosen == Sentinels("\ue001", "\ue004")
+    assert choose_sentinels(["plain", "caf\u00e9"], 1) == Sentinels(SHIELD, MARK)
+    assert choose_sentinels([f"a{MARK}"]) == Sentinels(SHIELD)
+    assert choose_sentinels([f"a{SHIELD}", "\ue002 \ue003", "é"], 2) == Sentinels("\ue001", "\ue004\ue005")
 
 
 def test_a_request_that_uses_up_all_private_characters_is_refused() -> None:
     every = "".join(chr(code) for low, high in PRIVATE_USE for code in range(low, high + 1))
-    assert choose_sentinels([every[:-2]]) == Sentinels(every[-2], every[-1])
+    assert choose_sentinels([every[:-2]], 1) == Sentinels(every[-2], every[-1])
     with pytest.raises(ApiError) as caught:
-        choose_sentinels([every[:-1]])
+        choose_sentinels([every[:-1]], 1)
     assert caught.value.kind is ErrorKind.INVALID_REQUEST
     assert "137,467" in caught.value.message
+
+
+def test_what_was_woven_in_is_found_and_taken_out() -> None:
+    assert unweave("abc", "") == ("abc", [])
+    assert unweave("abc", "12") == ("abc", [None, None])
+    assert unweave("é1a23b2", "1234") == ("éab", [1, 2, 2, None])
 
 
 def test_weave_inserts_in_front_of_positions() -> None:

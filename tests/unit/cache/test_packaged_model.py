@@ -6,6 +6,7 @@ from itertools import product
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from keepwarm.cache.planner import output_rules
 from keepwarm.cache.render import Templating
@@ -47,6 +48,7 @@ TEXTS = [
     "x" * 300,
     "word " * 200,
 ]
+TAILS = ["s", " and", '"', "\n\n- ", "。", "'t", "7", "<|im_end|>", "\u0301"]
 CONTROL = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<|im_", "end|>", "<", "<file_sep><repo_name>"]
 
 
@@ -122,6 +124,126 @@ def test_breakpoints_never_change_tokens(templating: Templating) -> None:
         with_marks, without = (templating.build("t", m, (), AUTO, object_tokens=None).prompt for m in (marked, plain))
         assert with_marks.tokens.tolist() == without.tokens.tolist()
         assert a.strip() == "" or with_marks.marks
+
+
+HERMES = """\
+{%- if tools %}<|im_start|>system
+{% if messages[0].role == "system" %}{{ messages[0].content }}
+
+{% endif %}# Tools
+<tools>{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}
+</tools><|im_end|>
+{% elif messages[0].role == "system" %}<|im_start|>system
+{{ messages[0].content }}<|im_end|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role == "tool" %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% elif m.role != "system" or not loop.first %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}
+<tool_call>
+{{ call.function | tojson }}
+</tool_call>{% endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+class OtherTemplate:
+    """The packaged model's vocabulary with another model's template."""
+
+    chat_template = HERMES
+
+    def __init__(self, vocab: Vocab) -> None:
+        self.special_text, self.encode_plain, self.piece = vocab.special_text, vocab.encode_plain, vocab.piece
+        self.specials, self.bos = vocab.specials, vocab.bos
+
+
+@pytest.fixture(scope="module")
+def hermes(vocab: Vocab) -> Templating:
+    return Templating(OtherTemplate(vocab), fragment_cache_bytes=1 << 20)
+
+
+LONG = Mark(3600)
+AGENT = [
+    Message("system", (TextPart("You are a careful agent.", LONG), TextPart("\n\nToday is Monday."))),
+    says("user", "Weather?"),
+    Message("assistant", (), tool_calls=(CALL,), mark=Mark(300)),
+    Message("tool", (TextPart("17 °C, no wind.", Mark(300)),), tool_call_id="call_1"),
+]
+TOOLS = (WEATHER, Tool("now", "What time it is", "{}", mark=LONG))
+
+
+def ends(templating: Templating, messages: list[Message], tools: tuple[Tool, ...]) -> list[tuple[str, int | None, int]]:
+    """Each breakpoint with the end of the text before it, its lifetime and its position."""
+    built = templating.build("t", messages, tools, AUTO, object_tokens=None)
+    assert built.prompt.marks == tuple(one.end for one in built.breakpoints)
+    return [
+        (templating.decode(built.prompt.tokens[: one.end])[-12:], one.ttl_s, one.position) for one in built.breakpoints
+    ]
+
+
+def test_breakpoints_of_an_agents_request(templating: Templating, hermes: Templating) -> None:
+    assert templating.tools_first
+    assert ends(templating, AGENT, TOOLS) == [
+        (' "parameters', 3600, 2),
+        ("areful agent", 3600, 3),
+        ("\n</tool_call", 300, 6),
+        (" °C, no wind", 300, 7),
+    ]
+    assert not hermes.tools_first
+    assert ends(hermes, AGENT, TOOLS) == [
+        ("areful agent", 3600, 3),
+        (' "parameters', 3600, 2),
+        ("<|im_start|>", 300, 6),
+        (" °C, no wind", 300, 7),
+    ]
+
+
+def test_what_follows_a_breakpoint_does_not_move_it(templating: Templating, hermes: Templating) -> None:
+    for subject, head in product((templating, hermes), TEXTS):
+        marked = [*AGENT[:3], Message("tool", (TextPart("The answer: " + head, LONG),), tool_call_id="call_1")]
+        first = subject.build("t", marked, TOOLS, AUTO, object_tokens=None)
+        assert len(first.breakpoints) == 4
+        n = first.breakpoints[-1].end
+        appended = [replace(marked[3], parts=(*marked[3].parts, TextPart(tail))) for tail in TAILS]
+        for goes_on in (
+            [marked[3], says("assistant", "So.")],
+            [marked[3], says("user", head)],
+            *([a] for a in appended),
+        ):
+            other = subject.build("t", [*marked[:3], *goes_on], TOOLS, AUTO, object_tokens=None)
+            assert other.breakpoints == first.breakpoints
+            assert other.prompt.tokens[:n].tolist() == first.prompt.tokens[:n].tolist()
+
+
+def test_marks_never_change_an_agents_tokens(templating: Templating, hermes: Templating) -> None:
+    bare = [
+        replace(message, parts=tuple(TextPart(part.text) for part in message.texts), mark=None) for message in AGENT
+    ]
+    tools = tuple(replace(tool, mark=None) for tool in TOOLS)
+    for subject in (templating, hermes):
+        marked, plain = (
+            subject.build("t", messages, described, AUTO, object_tokens=None).prompt
+            for messages, described in ((AGENT, TOOLS), (bare, tools))
+        )
+        assert marked.tokens.tolist() == plain.tokens.tolist()
+        assert plain.marks == ()
+
+
+def test_other_system_text_keeps_the_tools(templating: Templating) -> None:
+    first, second = (
+        templating.build("t", [says("system", text), AGENT[1]], TOOLS, AUTO, object_tokens=None)
+        for text in ("Be brief.", "\n- Speak of everything at length.")
+    )
+    assert first.breakpoints == second.breakpoints
+    (end,) = first.prompt.marks
+    assert first.prompt.tokens[:end].tolist() == second.prompt.tokens[:end].tolist()
 
 
 def test_an_answer_appended_to_the_history_extends_the_prompt(templating: Templating) -> None:

@@ -1,7 +1,8 @@
 import pytest
+from msgspec.structs import replace
 
 from keepwarm.cache.encode import CACHED_CHARS_MIN
-from keepwarm.cache.render import Built, Templating
+from keepwarm.cache.render import TRIALS_MAX, Built, Templating
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import ToolFormat
 from keepwarm.core.request import Mark, Message, Role, TextPart, Tool, ToolCall, ToolChoice, ToolMode
@@ -27,8 +28,8 @@ HOLDS_SYSTEM_BACK = (  # Gemma's way: system text becomes part of the first user
 )
 
 
-def message(role: Role, *texts: str, mark: bool = False, partial: bool = False, **more: object) -> Message:
-    parts = tuple(TextPart(text, mark and i == len(texts) - 1) for i, text in enumerate(texts))
+def message(role: Role, *texts: str, mark: Mark | None = None, partial: bool = False, **more: object) -> Message:
+    parts = tuple(TextPart(text, mark if i == len(texts) - 1 else None) for i, text in enumerate(texts))
     return Message(role, parts, partial=partial, **more)
 
 
@@ -97,7 +98,7 @@ def test_client_text_never_becomes_a_control_token(role: Role, text: str) -> Non
 def test_a_control_token_in_two_parts_or_across_a_mark_is_text() -> None:
     built = build([Message("user", (TextPart("<|im_", mark=Mark()), TextPart("end|>")))])
     assert shown(built).startswith("«<|im_start|>»user\n<|im_end|>«<|im_end|>»")
-    assert built.prompt.marks == (len("Suser\n<|im_"),)
+    assert built.prompt.marks == (len("Suser\n<|im"),)
 
 
 def test_names_ids_and_arguments_are_shielded_too() -> None:
@@ -149,13 +150,119 @@ def test_tokens_that_plain_text_gives_need_no_shield() -> None:
     assert shown(built) == "yes"
 
 
+def ends(built: Built) -> list[tuple[str, int | None, int]]:
+    """Each breakpoint with the end of the text before it, its lifetime and its position."""
+    text = {special.token: f"«{special.text}»" for special in SPECIALS}
+    found = []
+    for one in built.breakpoints:
+        before = "".join(text.get(token) or chr(token) for token in built.prompt.tokens[: one.end].tolist())
+        found.append((before[-10:], one.ttl_s, one.position))
+    return found
+
+
 def test_breakpoints_become_marks() -> None:
     built = build(
-        [message("system", "one", mark=Mark()), Message("user", (TextPart("two", mark=Mark()), TextPart("three")))]
+        [
+            message("system", "one.", mark=Mark(3600)),
+            Message("user", (TextPart("two.", mark=Mark()), TextPart("three"))),
+        ]
     )
-    tokens = built.prompt.tokens
-    ends = [bytes(token for token in tokens[:mark].tolist() if token < 256).decode() for mark in built.prompt.marks]
-    assert ends == ["system\none", "system\none\nuser\ntwo"]
+    assert ends(built) == [("system\none", 3600, 1), (">»user\ntwo", None, 2)]
+    assert built.prompt.marks == tuple(one.end for one in built.breakpoints)
+
+
+HEAD = [
+    message("system", "one.", mark=Mark(3600)),
+    message("user", "two"),
+    Message("assistant", (), tool_calls=(CALL, CALL), mark=Mark(300)),
+    message("tool", "17.", tool_call_id="call_1", mark=Mark(300)),
+]
+MARKED = (WEATHER, replace(WEATHER, name="then", mark=Mark(3600)))
+
+
+def test_breakpoints_behind_tools_and_calls_where_a_template_has_a_part_for_them() -> None:
+    assert ends(build([*HEAD, message("user", "five")], HERMES, MARKED)) == [
+        ('": "string', 3600, 2),
+        ("system\none", 3600, 3),
+        ("m_start|>»", 300, 5),
+        ("|>»tool\n17", 300, 6),
+    ]
+
+
+def test_breakpoints_behind_tools_and_calls_that_are_text() -> None:
+    assert ends(build([*HEAD, message("user", "five")], CHATML, MARKED)) == [
+        ('": "string', 3600, 2),
+        ("tions\n\none", 3600, 3),
+        ("/tool_call", 300, 5),
+        ("sponse>\n17", 300, 6),
+    ]
+
+
+TAILS = [
+    [],
+    [message("user", "five")],
+    [message("tool", "18", tool_call_id="call_1"), message("user", "x" * 100)],
+    [message("assistant", "so", mark=Mark(300))],
+    [message("assistant", "so", partial=True)],
+]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer, WordTokenizer])
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+def test_what_follows_a_breakpoint_does_not_move_it(template: str, tokenizer: type[ByteTokenizer]) -> None:
+    subject = templating(template, tokenizer)
+    built = [subject.build("t", [*HEAD, *tail], MARKED, AUTO, object_tokens=None) for tail in TAILS]
+    assert len({one.breakpoints[:4] for one in built}) == 1
+    assert len({tuple(one.prompt.tokens[: one.breakpoints[3].end].tolist()) for one in built}) == 1
+    more = (*MARKED, replace(WEATHER, name="third"))
+    other = subject.build("t", HEAD[:2], more, AUTO, object_tokens=None)
+    tools_end = built[0].breakpoints[0].end
+    assert other.breakpoints[0] == built[0].breakpoints[0]
+    assert other.prompt.tokens[:tools_end].tolist() == built[0].prompt.tokens[:tools_end].tolist()
+
+
+def test_a_breakpoint_with_no_text_before_it_lies_where_its_message_begins() -> None:
+    for template in (CHATML, CHATML.replace("message['content']", "(message['content'] or 'nothing') | trim")):
+        first, second = (
+            build([message("user", "one"), Message("user", (TextPart(" \n", Mark(300)), *more))], template)
+            for more in ((), (TextPart("two"),))
+        )
+        assert ends(first) == ends(second) == [("art|>»user", 300, 2)]
+
+
+def test_a_breakpoint_is_found_by_trying_where_a_template_looks_at_the_ends_of_text() -> None:
+    looks = "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content[-1:] | upper }}<|im_end|>{% endfor %}"
+    assert ends(build([message("user", "one.", mark=Mark(300)), message("user", "two")], looks)) == [
+        ("tart|>»one", 300, 1)
+    ]
+    turns = "{{ messages | length }}{% for m in messages %}{{ m.content[-1:] }}{% endfor %}"
+    assert build([message("user", "one", mark=Mark(300)), message("user", "two")], turns).breakpoints == ()
+
+
+def test_tools_shown_behind_the_conversation_have_no_stable_place() -> None:
+    behind = "{% for m in messages %}{{ m.content }}{% endfor %}<tool_call>{{ tools | tojson }}"
+    built = build([message("system", "one."), message("user", "two")], behind, MARKED)
+    assert ends(built) == [("one", 3600, 2)]
+
+
+def test_tools_shown_behind_system_text_end_there() -> None:
+    behind = "{{ messages[0].content }}<tools>{{ tools | tojson }}</tools>{{ messages[1].content }}<tool_call>"
+    built = build([message("system", "one.", mark=Mark(300)), message("user", "two")], behind, MARKED)
+    assert [(ttl_s, position) for _, ttl_s, position in ends(built)] == [(300, 3), (3600, 2)]
+    assert ends(built)[1][0].endswith(': "string')
+
+
+def test_a_place_that_only_one_continuation_shows_is_none() -> None:
+    refuses = "{% if messages | length > 2 %}{{ raise_exception('enough') }}{% endif %}" + HERMES
+    called = [message("user", "Hi"), Message("assistant", (), tool_calls=(CALL,), mark=Mark(300))]
+    assert len(build(called, HERMES).breakpoints) == 1
+    assert build(called, refuses).breakpoints == ()
+
+
+def test_trying_uses_up_no_more_than_its_share() -> None:
+    calls = [Message("assistant", (), tool_calls=(CALL,), mark=Mark(300)) for _ in range(TRIALS_MAX + 2)]
+    built = build([message("user", "Hi"), *calls], HERMES, (WEATHER,))
+    assert [one.position for one in built.breakpoints] == list(range(5, 5 + TRIALS_MAX))
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer, WordTokenizer])
@@ -179,7 +286,7 @@ def test_marks_never_change_tokens(template: str, tokenizer: type[ByteTokenizer]
 
 def test_a_mark_before_trimmed_white_space_stays_at_the_text() -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
-    assert build([message("user", " one \n", mark=Mark())], template).prompt.marks == (4,)
+    assert build([message("user", " one. \n", mark=Mark())], template).prompt.marks == (4,)
 
 
 def test_the_cache_object_is_a_mark_and_has_none_inside() -> None:
@@ -187,6 +294,7 @@ def test_the_cache_object_is_a_mark_and_has_none_inside() -> None:
     marks = build(conversation).prompt.marks
     assert build(conversation, object_tokens=marks[0] + 2).prompt.marks == (marks[0] + 2, marks[1])
     assert build(conversation, object_tokens=10_000).prompt.marks == marks
+    assert [one.end for one in build(conversation, object_tokens=marks[0] + 2).breakpoints] == [marks[1]]
 
 
 def test_a_refusal_names_messages() -> None:
@@ -261,7 +369,36 @@ def test_tools_go_to_a_template_that_knows_them() -> None:
 def test_tools_become_a_section_where_the_template_knows_none() -> None:
     built = build([message("system", "Be brief."), message("user", "Hi")], tools=(WEATHER,))
     assert built.tool_format is ToolFormat.HERMES
-    assert shown(built).startswith("«<|im_start|>»system\nBe brief.\n\n# Tools\n")
+    assert shown(built).startswith("«<|im_start|>»system\n# Tools\n")
+    assert "</tool_call>\n\n# Instructions\n\nBe brief.«<|im_end|>»" in shown(built)
+
+
+def test_the_order_of_tools_and_system_text_is_the_templates() -> None:
+    behind = "{{ messages[0].content }}<tools>{{ tools | tojson }}</tools><tool_call>"
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + HERMES
+    first = {template: templating(template).tools_first for template in (CHATML, HERMES, no_system, behind)}
+    assert first == {CHATML: True, HERMES: True, no_system: True, behind: False}
+    assert not templating("{{ raise_exception('never') }}").tools_first
+    assert not templating("<tool_call> and no tools").tools_first
+
+
+def test_reasoning_goes_to_the_template() -> None:
+    shows = CHATML.replace("+ message['content']", "+ (message.reasoning_content or 'none') + '|' + message['content']")
+    conversation = [message("user", "Hi"), message("assistant", "4", reasoning="<|im_end|>2+2")]
+    assert "assistant\n<|im_end|>2+2|4«<|im_end|>»" in shown(build(conversation, shows))
+    assert shown(build(conversation)) == shown(build([message("user", "Hi"), message("assistant", "4")]))
+
+
+def test_the_client_says_whether_to_think() -> None:
+    template = "{{ messages[0].content }}{{ enable_thinking is defined and enable_thinking }}{{ enable_thinking }}"
+    texts = [shown(build([message("user", "Hi ")], template, thinking=thinking)) for thinking in (None, True, False)]
+    assert texts == ["Hi False", "Hi TrueTrue", "Hi FalseFalse"]
+
+
+@pytest.mark.parametrize("template", [CHATML, HERMES])
+def test_a_failed_result_says_so(template: str) -> None:
+    failed = message("tool", "no such city", tool_call_id="call_1", is_error=True)
+    assert "Error: no such city" in shown(build([message("user", "Hi"), failed], template))
 
 
 def test_tool_choice_changes_how_the_answer_is_read_never_the_prompt() -> None:

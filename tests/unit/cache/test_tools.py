@@ -1,9 +1,20 @@
 import json
+from itertools import accumulate
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
-from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, either, json_value, tool_grammar, tool_values
+from keepwarm.cache.tools import (
+    SECTION_VERSION,
+    as_text,
+    detect_format,
+    either,
+    json_value,
+    told_failed,
+    tool_grammar,
+    tool_values,
+)
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.prompt import ToolFormat
 from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
@@ -56,15 +67,24 @@ def test_what_is_no_json_stays_text(text: str) -> None:
     assert json_value(text) == text
 
 
-def test_the_section_follows_the_clients_system_text() -> None:
+def test_the_section_comes_before_the_clients_system_text() -> None:
     system, user = as_text([says("system", "Be brief."), says("user", "Hi")], [WEATHER, CLOCK])
     assert user == says("user", "Hi")
-    assert system.text.startswith("Be brief.\n\n# Tools\n")
+    assert system.text.startswith("# Tools\n")
     lines = system.text.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
     assert [json.loads(line)["function"]["name"] for line in lines] == ["get_weather", "now"]
     assert system.text.endswith(
         '<tool_call>\n{"name": "function name", "arguments": {"parameter": "value"}}\n</tool_call>'
+        "\n\n# Instructions\n\nBe brief."
     )
+
+
+def test_other_system_text_keeps_the_tools_prefix() -> None:
+    alone, short, long = (
+        as_text(messages, [WEATHER, CLOCK])[0].text
+        for messages in ([], [says("system", "Be brief.")], [says("system", "Say more. " * 9)])
+    )
+    assert short.startswith(alone) and long.startswith(alone)
 
 
 def test_without_a_system_message_the_section_is_one() -> None:
@@ -75,8 +95,8 @@ def test_without_a_system_message_the_section_is_one() -> None:
 
 def test_the_section_is_pinned_to_its_version() -> None:
     # The words are in stored prefixes: whoever changes them changes the version, and then this digest.
-    digest = blake3(as_text([], [CLOCK])[0].text.encode()).hexdigest()
-    assert (SECTION_VERSION, digest[:12]) == (1, "649d96d67777")
+    digest = blake3(as_text([says("system", "x")], [CLOCK])[0].text.encode()).hexdigest()
+    assert (SECTION_VERSION, digest[:12]) == (2, "d01a4848bbf9")
 
 
 def test_without_tools_nothing_is_added() -> None:
@@ -86,7 +106,58 @@ def test_without_tools_nothing_is_added() -> None:
 
 def test_breakpoints_survive() -> None:
     marked = Message("system", (TextPart("one", mark=Mark()),))
-    assert as_text([marked], [WEATHER])[0].parts[0] == TextPart("one", mark=Mark())
+    tools = [replace(WEATHER, mark=Mark(300)), CLOCK, replace(CLOCK, name="then", mark=Mark(3600))]
+    assert marks_of(as_text([marked], tools)[0]) == [
+        ('"city": {"type": "string"}}}}}', Mark(300)),
+        ('{"name": "then", "description": "", "parameters": {}}}', Mark(3600)),
+        ("Instructions\n\none", Mark()),
+    ]
+
+
+def test_a_mark_behind_calls_or_a_result_is_behind_their_text() -> None:
+    conversation = [
+        says("assistant", "Well.", tool_calls=(ToolCall("1", "now", "{}"),), mark=Mark(300)),
+        says("tool", "noon", tool_call_id="1", mark=Mark(3600)),
+        says("tool", "late", tool_call_id="1"),
+    ]
+    called, results = as_text(conversation, [])
+    assert marks_of(called) == [("\n</tool_call>", Mark(300))]
+    assert called.mark is None
+    assert marks_of(results) == [("noon\n</tool_response>", Mark(3600))]
+
+
+def marks_of(message: Message) -> list[tuple[str, Mark]]:
+    """Each mark with the end of the text before it."""
+    ends = accumulate(part.text for part in message.texts)
+    marked = [(text, part.mark) for text, part in zip(ends, message.texts, strict=True) if part.mark is not None]
+    return [(next(end for end in ENDS if text.endswith(end)), mark) for text, mark in marked]
+
+
+ENDS = (
+    '"city": {"type": "string"}}}}}',
+    '{"name": "then", "description": "", "parameters": {}}}',
+    "Instructions\n\none",
+    "noon\n</tool_response>",
+    "\n</tool_call>",
+)
+
+
+def test_a_failed_result_says_so_once() -> None:
+    def told(text: str, is_error: bool = True) -> str:
+        return told_failed(says("tool", text, tool_call_id="1", is_error=is_error)).text
+
+    assert told("no such file") == "Error: no such file"
+    assert told("error 404") == "error 404"
+    assert told(" ERROR\n") == " ERROR\n"
+    assert told("") == "Error: "
+    assert told("fine", is_error=False) == "fine"
+
+
+def test_reasoning_is_no_text() -> None:
+    thought = says("assistant", "4", reasoning="2 and 2", tool_calls=(ToolCall("1", "now", "{}"),))
+    (shown,) = as_text([thought], [])
+    assert "2 and 2" not in shown.text
+    assert shown.reasoning == "2 and 2"
 
 
 def test_calls_and_results_are_text() -> None:
@@ -109,7 +180,7 @@ def test_calls_and_results_are_text() -> None:
         "<tool_response>\n17 °C\n</tool_response>\n<tool_response>\nnoon\n</tool_response>",
     )
     assert TextPart("noon", mark=Mark()) in results.parts
-    assert again == says("assistant", first)
+    assert again == Message("assistant", (TextPart(""), TextPart(first)))
     assert (result.role, result.text) == ("user", "<tool_response>\n18 °C\n</tool_response>")
 
 
