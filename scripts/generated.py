@@ -15,6 +15,7 @@ from keepwarm.config import Limits
 from keepwarm.core.cache_object import TRANSITIONS, Cause, ObjectStatus
 from keepwarm.core.errors import ErrorKind
 from keepwarm.dialects.error_table import ErrorRow
+from keepwarm.dialects.anthropic_error import ANTHROPIC_ERRORS
 from keepwarm.dialects.kimi import KIMI_ERRORS
 from keepwarm.dialects.openai_error import OPENAI_ERRORS
 
@@ -148,6 +149,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "fixed-bounds": fixed_bounds_table,
     "errors-kimi": lambda: errors_table(KIMI_ERRORS),
     "errors-openai": lambda: errors_table(OPENAI_ERRORS),
+    "errors-anthropic": lambda: errors_table(ANTHROPIC_ERRORS),
 }
 
 
