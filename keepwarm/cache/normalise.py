@@ -64,15 +64,19 @@ NORMALISERS: Mapping[str, Callable[[Sequence[Message]], Edit]] = MappingProxyTyp
 )
 
 
-def normalise(request: ChatRequest, names: Sequence[str]) -> tuple[ChatRequest, tuple[str, ...]]:
-    """The request with volatile texts rewritten, and what was: "name: place" for each message that one was found in."""
+def normalise(request: ChatRequest, names: Sequence[str], *, n_fixed: int = 0) -> tuple[ChatRequest, tuple[str, ...]]:
+    """The request with volatile texts rewritten, and what was: "name: place" for each message that one was found in.
+
+    The first `n_fixed` messages are a cache object's: its state was computed from them as they are, so they stay.
+    """
     changed: list[str] = []
     for name in names:
         edit = NORMALISERS[name](request.messages)
-        edited = _edited(request, edit) if edit.texts else request
+        texts = {i: texts for i, texts in edit.texts.items() if i >= n_fixed}
+        edited = _edited(request, replace(edit, texts=texts)) if texts else request
         if edited != request:
             n_system = sum(1 for _ in takewhile(lambda message: message.role == "system", request.messages))
-            places = ("system" if i < n_system else f"messages[{i - n_system}]" for i in edit.texts)
+            places = ("system" if i < n_system else f"messages[{i - n_system}]" for i in texts)
             changed += dict.fromkeys(f"{name}: {place}" for place in places)
             request = edited
     return request, tuple(changed)
@@ -131,6 +135,8 @@ def _with_texts(message: Message, texts: Mapping[int, str]) -> tuple[Message | N
 
 def _with_text_behind(message: Message, text: str) -> Message:
     """The message with a part more: on a line of its own, behind the message's breakpoints."""
+    if message.mark is not None and message.parts:
+        message = replace(message, parts=_last_marked(message.parts, message.mark), mark=None)
     last = message.parts[-1] if message.parts else None
     own_line = last is None or (isinstance(last, TextPart) and last.text.endswith("\n"))
     return replace(message, parts=(*message.parts, TextPart(text if own_line else f"\n{text}")))
@@ -139,8 +145,11 @@ def _with_text_behind(message: Message, text: str) -> Message:
 def _marked_at_end(message: Message, mark: Mark) -> Message:
     if message.tool_calls or not message.parts:
         return replace(message, mark=_longer(message.mark, mark))
-    last = message.parts[-1]
-    return replace(message, parts=(*message.parts[:-1], replace(last, mark=_longer(last.mark, mark))))
+    return replace(message, parts=_last_marked(message.parts, mark))
+
+
+def _last_marked(parts: tuple[Part, ...], mark: Mark) -> tuple[Part, ...]:
+    return (*parts[:-1], replace(parts[-1], mark=_longer(parts[-1].mark, mark)))
 
 
 def _marked_tool(tool: Tool, mark: Mark) -> Tool:

@@ -25,7 +25,7 @@ from keepwarm.core.event import (
     Usage,
 )
 from keepwarm.dialects import ErrorReply, Frame, Identity, Parsed
-from keepwarm.dialects.openai_diagnostics import CacheDiagnostics, cache_diagnostics
+from keepwarm.dialects.openai_diagnostics import PromptCacheDiagnostics, cache_diagnostics
 
 LOGPROB_MIN = -9999.0  # OpenAI's number for "very unlikely"; JSON has no minus infinity
 THINK, THINK_END = "<think>", "</think>"
@@ -133,7 +133,7 @@ class ChatCompletionChunk(Struct):
     model: str
     choices: tuple[ChunkChoice, ...]
     usage: CompletionUsage | UnsetType | None = UNSET
-    prompt_cache_diagnostics: CacheDiagnostics | UnsetType = UNSET
+    prompt_cache_diagnostics: PromptCacheDiagnostics | UnsetType = UNSET
 
 
 class AnswerFunction(Struct):
@@ -181,7 +181,7 @@ class ChatCompletion(Struct):
     model: str
     choices: tuple[ChatChoice, ...]
     usage: CompletionUsage
-    prompt_cache_diagnostics: CacheDiagnostics | UnsetType = UNSET
+    prompt_cache_diagnostics: PromptCacheDiagnostics | UnsetType = UNSET
 
 
 ReasoningForm = Literal["reasoning_content", "reasoning_details", "tags"]
@@ -242,7 +242,7 @@ class ChatRenderer:
         self._collected: dict[int, _Collected] = {}
         self._usage: Usage | None = None
         self._failed: Failed | None = None
-        self._diagnostics: CacheDiagnostics | UnsetType = UNSET  # told only when asked for
+        self._diagnostics: PromptCacheDiagnostics | UnsetType = UNSET  # told only when asked for
         if parsed.request.compare_with is not None:
             self._diagnostics = cache_diagnostics(None)
 

@@ -15,7 +15,7 @@ from keepwarm.core.cache_lookup import CacheLookup, MissCause
 Reason = Literal["model_changed", "tools_changed", "input_changed"]
 
 
-class CacheMiss(Struct, tag_field="type", tag="cache_miss"):
+class PromptCacheMiss(Struct, tag_field="type", tag="cache_miss"):
     """The turns part somewhere. `comparison_reusable_tokens` is the prefix they share.
 
     `cache_missed_tokens` are the compared turn's or its breakpoints' that were not read (`CacheLookup.n_missed`).
@@ -26,7 +26,7 @@ class CacheMiss(Struct, tag_field="type", tag="cache_miss"):
     comparison_reusable_tokens: int | UnsetType = UNSET
 
 
-class CacheHit(Struct, tag_field="type", tag="cache_hit"):
+class PromptCacheHit(Struct, tag_field="type", tag="cache_hit"):
     """All was read that this prompt shares with an earlier one."""
 
 
@@ -34,15 +34,15 @@ class ComparisonResponseNotFound(Struct, tag_field="type", tag="comparison_respo
     """No recent turn of this tenant has the id that was given."""
 
 
-class Unavailable(Struct, tag_field="type", tag="unavailable"):
+class PromptCacheUnavailable(Struct, tag_field="type", tag="unavailable"):
     """There was no look-up, or what it came to is nothing that changed in the request."""
 
 
-CacheDiagnostics = CacheMiss | CacheHit | ComparisonResponseNotFound | Unavailable
+PromptCacheDiagnostics = PromptCacheMiss | PromptCacheHit | ComparisonResponseNotFound | PromptCacheUnavailable
 
 REASONS: Mapping[MissCause, Reason | None] = {
     MissCause.MODEL_CHANGED: "model_changed",
-    MissCause.TEMPLATE_CHANGED: "model_changed",  # what is served under the name is not what it was
+    MissCause.TEMPLATE_CHANGED: None,  # the server's doing: the client sent the same
     MissCause.TOOLS_CHANGED: "tools_changed",
     MissCause.SYSTEM_CHANGED: "input_changed",  # chat completions have no instructions beside the messages
     MissCause.MESSAGES_CHANGED: "input_changed",
@@ -56,15 +56,15 @@ REASONS: Mapping[MissCause, Reason | None] = {
 }
 
 
-def cache_diagnostics(lookup: CacheLookup | None) -> CacheDiagnostics:
+def cache_diagnostics(lookup: CacheLookup | None) -> PromptCacheDiagnostics:
     """What a look-up came to, in OpenAI's words; None: there was none."""
     if lookup is None:
-        return Unavailable()
+        return PromptCacheUnavailable()
     if lookup.compare_found is False:
         return ComparisonResponseNotFound()
     if lookup.cause is None:
-        return CacheHit()
+        return PromptCacheHit()
     reason = REASONS[lookup.cause]
     if reason is None:
-        return Unavailable()
-    return CacheMiss(reason, lookup.n_missed, UNSET if lookup.place is None else lookup.place.n_shared)
+        return PromptCacheUnavailable()
+    return PromptCacheMiss(reason, lookup.n_missed, UNSET if lookup.place is None else lookup.place.n_shared)

@@ -145,6 +145,20 @@ def test_a_reminder_alone_in_its_message_stays_as_it_is() -> None:
     assert normalise(asked, ALL) == (asked, ())
 
 
+def test_the_messages_of_a_cache_object_stay_as_they_are() -> None:
+    stored = (system(f"{billing('1')}\nCurrent time: 14:03:22"), user("Read this", reminder()))
+    asked = request(*stored, CALLS, RESULT)
+    assert normalise(asked, ALL, n_fixed=2) == (asked, ())
+    assert normalise(asked, ALL, n_fixed=1)[1] == ("moving-reminder: messages[0]",)
+    longer = request(
+        *stored, Message("assistant", (TextPart("Read."),)), system(billing("2")), user("Go on", reminder())
+    )
+    left, told = normalise(longer, ALL, n_fixed=2)
+    assert left.messages[:2] == stored
+    assert left.messages[3].parts == (TextPart("Go on"), TextPart(f"\n{reminder()}"))
+    assert told == ("billing-header: messages[2]", "moving-reminder: messages[2]")
+
+
 def test_a_document_at_the_end_is_no_obstacle() -> None:
     document = DocumentPart("application/pdf", b"%PDF", "messages[0].content[1]")
     asked = request(Message("user", (TextPart(reminder()), document)))
@@ -163,6 +177,12 @@ def test_a_mark_stays_with_a_part_that_keeps_text() -> None:
     asked = request(Message("user", (marked(f"Fix it\n\n{reminder()}"),)))
     (message,) = rewritten(asked, "moving-reminder").messages
     assert message.parts == (marked("Fix it"), TextPart(f"\n{reminder()}"))
+
+
+def test_the_reminder_is_behind_the_last_messages_mark_too() -> None:
+    asked = request(user("Fix it", reminder()), CALLS, replace(RESULT, mark=LONG))
+    *_, last = rewritten(asked, "moving-reminder").messages
+    assert last == replace(RESULT, parts=(marked(RESULT.text, LONG), TextPart(f"\n{reminder()}")))
 
 
 def test_a_mark_of_an_emptied_message_becomes_the_messages() -> None:

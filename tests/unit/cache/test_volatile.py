@@ -61,6 +61,7 @@ def test_a_text_about_the_header_is_left_alone(text: str) -> None:
         ("## Current Time\n2026-11-25 14:03 (Wednesday)\n\n## Rules", "## Current Time\n2026-11-25 (Wednesday)\n\n## Rules"),
         ("<current_time>2026-11-25T14:03:22Z</current_time>", "<current_time>2026-11-25</current_time>"),
         ("<env>\nPlatform: linux\nStarted 2026-11-25T14:03:22Z\n</env>", "<env>\nPlatform: linux\nStarted 2026-11-25\n</env>"),
+        ("<env>2026-11-25 14:03 15:04</env>", "<env>2026-11-25</env>"),
         ("<environment_context>at 2026-11-25 14:03:22.5</environment_context>",
          "<environment_context>at 2026-11-25</environment_context>"),
     ],
@@ -95,6 +96,7 @@ def test_the_time_of_day_goes_and_the_date_stays(text: str, left: str) -> None:
         "Current ratio: 3:10",
         "Current time: 14:3",
         "Current time: 14:031",
+        "Current time: Nov. 14:03 Current time: 15:00",  # without the first time the second would begin a sentence
     ],
 )
 def test_what_only_resembles_a_clock_is_left_alone(text: str) -> None:

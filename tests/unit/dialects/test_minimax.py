@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +23,10 @@ from keepwarm.core.event import (
 )
 from keepwarm.core.request import Mark
 from keepwarm.dialects import Identity, Parsed
-from keepwarm.dialects.minimax import MiniMaxChat
+from keepwarm.dialects.minimax import MiniMaxChat, MiniMaxChatCompletionRequest
 from keepwarm.dialects.openai import OpenAIChat
-from tests.golden.transcripts import BOUNDS
+from keepwarm.dialects.openapi import Route, openapi
+from tests.golden.transcripts import BOUNDS, HERE
 
 MINIMAX = MiniMaxChat(BOUNDS)
 OPENAI = OpenAIChat(BOUNDS)
@@ -218,6 +220,19 @@ def test_the_sdk_reads_a_split_answer() -> None:
     completion = ChatCompletion.model_validate_json(renderer.whole())
     details: Any = getattr(completion.choices[0].message, "reasoning_details")  # noqa: B009 - as MiniMax's example does
     assert details[0]["text"] == "hm"
+
+
+def test_accepted_requests_fit_the_openapi_document() -> None:
+    route = Route("POST", "/minimax/v1/chat/completions", "Chat", request=MiniMaxChatCompletionRequest)
+    components = json.loads(openapi((route,), title="Keepwarm", version="1"))["components"]
+    schema = {"$ref": "#/components/schemas/MiniMaxChatCompletionRequest", "components": components}
+    cases = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "requests").glob("*.json"))]
+    accepted = [case["body"] for case in cases if "request" in case["expect"].get("minimax", {})]
+    assert len(accepted) > 5
+    for body in accepted:
+        jsonschema.validate(body, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(accepted[0] | {"temperature": 0}, schema)
 
 
 def test_a_request_parsed_elsewhere_is_rendered_with_tags() -> None:

@@ -16,11 +16,11 @@ from keepwarm.dialects.minimax import MiniMaxChat
 from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.dialects.openai_diagnostics import (
     REASONS,
-    CacheHit,
-    CacheMiss,
     ComparisonResponseNotFound,
+    PromptCacheHit,
+    PromptCacheMiss,
+    PromptCacheUnavailable,
     Reason,
-    Unavailable,
     cache_diagnostics,
 )
 from tests.golden.transcripts import BOUNDS
@@ -69,7 +69,7 @@ def test_the_table_of_reasons_is_total() -> None:
 @pytest.mark.parametrize("cause", list(MissCause))
 def test_every_cause_is_told_in_words_the_sdk_knows(cause: MissCause) -> None:
     told = cache_diagnostics(CacheLookup("miss", 0, cause=cause, n_missed=5, place=PLACE, compare_found=True))
-    assert isinstance(told, CacheMiss) == (REASONS[cause] is not None)
+    assert isinstance(told, PromptCacheMiss) == (REASONS[cause] is not None)
     (document,) = json.loads(
         json.dumps([whole(ALL[0], CacheLookup("miss", 0, cause=cause), prompt_cache_options=OPTIONS)])
     )
@@ -77,10 +77,13 @@ def test_every_cause_is_told_in_words_the_sdk_knows(cause: MissCause) -> None:
 
 
 def test_what_a_lookup_came_to() -> None:
-    assert cache_diagnostics(HIT) == CacheHit()
-    assert cache_diagnostics(None) == Unavailable()
-    assert cache_diagnostics(CacheLookup("miss", 0, cause=MissCause.EVICTED, compare_found=True)) == Unavailable()
-    assert cache_diagnostics(CHANGED) == CacheMiss("input_changed", 900, 640)
+    assert cache_diagnostics(HIT) == PromptCacheHit()
+    assert cache_diagnostics(None) == PromptCacheUnavailable()
+    assert (
+        cache_diagnostics(CacheLookup("miss", 0, cause=MissCause.EVICTED, compare_found=True))
+        == PromptCacheUnavailable()
+    )
+    assert cache_diagnostics(CHANGED) == PromptCacheMiss("input_changed", 900, 640)
     unknown = CacheLookup("partial", 600, "host", MissCause.TOOLS_CHANGED, 5, "chatcmpl-9", PLACE, False)
     assert cache_diagnostics(unknown) == ComparisonResponseNotFound()
 
