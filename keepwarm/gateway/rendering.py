@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from keepwarm.cache.normalise import normalise
 from keepwarm.cache.planner import output_rules
 from keepwarm.cache.render import Built, Templating
 from keepwarm.config import Limits
 from keepwarm.core.prompt import OutputRules
-from keepwarm.core.request import ChatRequest, JsonSchema, Message, Tool, ToolChoice
+from keepwarm.core.request import ChatRequest, JsonSchema, Message, TextPart, Tool, ToolChoice
 from keepwarm.gateway.documents import Documents
 
 INLINE_CHARS_MAX = 16_384  # some 4,000 tokens: a few milliseconds when nothing of it is known
@@ -39,6 +40,12 @@ class Rendering:
     def digest(self) -> str:
         """See `Templating.digest`."""
         return self._templating.digest
+
+    async def normalised(
+        self, request: ChatRequest, names: Sequence[str], n_fixed: int
+    ) -> tuple[ChatRequest, tuple[str, ...]]:
+        """See `cache.normalise.normalise`."""
+        return await self._run(_n_chars(request.messages, ()), lambda: normalise(request, names, n_fixed=n_fixed))
 
     async def with_documents(self, tenant: str, request: ChatRequest) -> ChatRequest:
         """See `Documents.read`."""
@@ -120,6 +127,7 @@ class Rendering:
 
 
 def _n_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    n_chars = sum(len(part.text) for message in messages for part in message.texts)
+    texts = (part for message in messages for part in message.parts if isinstance(part, TextPart))
+    n_chars = sum(len(part.text) for part in texts)
     n_chars += sum(len(call.arguments) for message in messages for call in message.tool_calls)
     return n_chars + sum(len(tool.parameters) + len(tool.description) for tool in tools)

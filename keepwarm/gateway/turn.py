@@ -14,7 +14,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
-from keepwarm.cache.normalise import normalise
 from keepwarm.cache.planner import plan_turn
 from keepwarm.cache.render import Built
 from keepwarm.config import Config
@@ -221,7 +220,9 @@ class Turns:
 
     async def _prepared(self, turn: Turn) -> ChatRequest:
         """The request as it is rendered: with its cache object's messages, volatile lines rewritten, documents read."""
-        request, turn.rewritten = normalise(await self._with_object(turn), self._config.model.normalise)
+        request = await self._with_object(turn)
+        n_fixed = len(turn.object.messages) if turn.object is not None else 0
+        request, turn.rewritten = await self._rendering.normalised(request, self._config.model.normalise, n_fixed)
         return await self._rendering.with_documents(turn.tenant, request)
 
     async def _with_object(self, turn: Turn) -> ChatRequest:
