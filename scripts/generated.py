@@ -61,6 +61,7 @@ WHEN = {
     ErrorKind.UNKNOWN_MODEL: "no model of that name; the message lists the names",
     ErrorKind.UNKNOWN_CACHE: "no such object or tag; another tenant's looks the same",
     ErrorKind.EXPIRED_CACHE: "the object's lifetime is over and `reset_ttl` was not given",
+    ErrorKind.UNKNOWN_FILE: "no such file, or it has expired; another tenant's looks the same",
     ErrorKind.UNKNOWN_ROUTE: "no such path",
     ErrorKind.METHOD_NOT_ALLOWED: "the path exists, not for this method",
     ErrorKind.BODY_TOO_LARGE: "more than `limits.body_bytes_max`",

@@ -15,6 +15,7 @@ class ErrorKind(Enum):
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_CACHE = "unknown_cache"  # no such object or tag for this tenant; another tenant's looks the same
     EXPIRED_CACHE = "expired_cache"
+    UNKNOWN_FILE = "unknown_file"  # no such file for this tenant, or it has expired; another tenant's looks the same
     UNKNOWN_ROUTE = "unknown_route"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     BODY_TOO_LARGE = "body_too_large"

@@ -43,7 +43,18 @@ class DocumentPart(Struct, frozen=True, tag="document"):
     mark: Mark | None = None
 
 
-Part = TextPart | DocumentPart  # a closed union: media parts join it when a model can read them
+class FilePart(Struct, frozen=True, tag="file"):
+    """A file that the tenant uploaded before. The gateway puts its text in its place, as it does with a `DocumentPart`.
+
+    `param` is where it was named in the body, for errors.
+    """
+
+    file_id: str
+    param: str
+    mark: Mark | None = None
+
+
+Part = TextPart | DocumentPart | FilePart  # a closed union: media parts join it when a model can read them
 
 
 class ToolCall(Struct, frozen=True):
@@ -141,11 +152,15 @@ class JsonSchema(Struct, frozen=True, tag="json_schema"):
 AnswerFormat = AnyText | AnyJson | JsonSchema
 
 
+ObjectDialect = Literal["kimi", "gemini"]  # whose API a cache object belongs to; the other one does not see it
+
+
 class CacheUse(Struct, frozen=True):
     """The cache object a request names (Kimi's header form or `role: "cache"` message; Gemini's cachedContent).
 
     Exactly one of `object_id` and `tag` is set. `resent` (header form): the cached messages are in the request again and
-    a mismatch is no error, the request then runs as an ordinary one.
+    a mismatch is no error, the request then runs as an ordinary one. `dialect` is the one the request came in; the id of
+    a Gemini object is what follows "cachedContents/".
     """
 
     object_id: str | None = None
@@ -153,6 +168,7 @@ class CacheUse(Struct, frozen=True):
     resent: bool = False
     reset_ttl_s: int | None = None
     dry_run: bool = False
+    dialect: ObjectDialect = "kimi"
 
 
 class ChatRequest(Struct, frozen=True):

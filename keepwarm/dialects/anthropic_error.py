@@ -36,6 +36,7 @@ ANTHROPIC_ERRORS: Mapping[ErrorKind, ErrorRow] = {
     ErrorKind.UNKNOWN_MODEL: ErrorRow(404, "not_found_error"),
     ErrorKind.UNKNOWN_CACHE: ErrorRow(404, "not_found_error"),
     ErrorKind.EXPIRED_CACHE: ErrorRow(404, "not_found_error"),
+    ErrorKind.UNKNOWN_FILE: ErrorRow(404, "not_found_error"),
     ErrorKind.UNKNOWN_ROUTE: ErrorRow(404, "not_found_error"),
     ErrorKind.METHOD_NOT_ALLOWED: ErrorRow(405, "invalid_request_error"),
     ErrorKind.BODY_TOO_LARGE: ErrorRow(413, "request_too_large"),

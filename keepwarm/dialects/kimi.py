@@ -51,6 +51,7 @@ KIMI_ERRORS: Mapping[ErrorKind, ErrorRow] = {
     ErrorKind.UNKNOWN_MODEL: ErrorRow(404, "resource_not_found_error", "model_not_found"),
     ErrorKind.UNKNOWN_CACHE: ErrorRow(404, "resource_not_found_error", "cache_not_found"),
     ErrorKind.EXPIRED_CACHE: ErrorRow(404, "resource_not_found_error", "cache_expired"),
+    ErrorKind.UNKNOWN_FILE: ErrorRow(404, "resource_not_found_error", "file_not_found"),
     ErrorKind.UNKNOWN_ROUTE: ErrorRow(404, "resource_not_found_error", "unknown_url"),
     ErrorKind.METHOD_NOT_ALLOWED: ErrorRow(405, "invalid_request_error", "method_not_supported"),
     ErrorKind.BODY_TOO_LARGE: ErrorRow(413, "invalid_request_error", "body_too_large"),

@@ -31,6 +31,7 @@ OPENAI_ERRORS: Mapping[ErrorKind, ErrorRow] = {
     ErrorKind.UNKNOWN_MODEL: ErrorRow(404, "invalid_request_error", "model_not_found"),
     ErrorKind.UNKNOWN_CACHE: ErrorRow(404, "invalid_request_error", "cache_not_found"),
     ErrorKind.EXPIRED_CACHE: ErrorRow(404, "invalid_request_error", "cache_expired"),
+    ErrorKind.UNKNOWN_FILE: ErrorRow(404, "invalid_request_error", "file_not_found"),
     ErrorKind.UNKNOWN_ROUTE: ErrorRow(404, "invalid_request_error", "unknown_url"),
     ErrorKind.METHOD_NOT_ALLOWED: ErrorRow(405, "invalid_request_error", "method_not_supported"),
     ErrorKind.BODY_TOO_LARGE: ErrorRow(413, "invalid_request_error", "body_too_large"),
