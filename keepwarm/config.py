@@ -67,7 +67,8 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     )
     default_ttl_s: int = 3600  # Kimi's 2025 default; the 2024 edition says a day
     ttl_max_s: int = 86400  # Kimi's page says an hour, its own examples reset to a day
-    object_tokens_max: int = 128_000  # Kimi's limit for one cache
+    object_tokens_min: int = 1024  # of a Gemini cachedContent, as its 3.x models have it; at most half the window
+    object_tokens_max: int = 128_000  # Kimi's limit for one cache; Gemini's is the window
     tenant_tokens_max: int = 1_000_000  # Kimi's limit for all caches of a user
     settle: Literal["auto", "always", "off"] = "auto"  # re-evaluate a conversation's tail while idle
 
@@ -121,6 +122,13 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     document_memory_bytes_max: int = 512 * MIB  # to read one, beside the libraries' own; an ordinary one needs 50 MB
     documents_at_once_max: int = 2  # processes that read documents, 150 MB and a core each; more documents wait
     document_cache_bytes: int = 32 * MIB  # texts read lately, so that a conversation's document is read once
+    file_bytes_max: int = 100 * MIB  # of an uploaded file; Kimi's limit, Gemini's is 2 GB
+    files_per_tenant_max: int = 1000  # Kimi's limit; uploads under way count
+    file_bytes_per_tenant_max: int = (
+        10_000_000_000  # Kimi's limit, on disk; uploads under way count with what they announce
+    )
+    file_ttl_s: float = 172_800.0  # Gemini's 48 hours for its files; Kimi's are kept until they are deleted
+    upload_idle_s_max: float = 3600.0  # a broken upload can be gone on with for so long, then its bytes are deleted
     prefill_delay_ms_max: float = 250.0  # the longest a prefill chunk may keep others' next token waiting
     event_queue_max: int = 4096  # events of one turn waiting for a slow client; then the turn is cancelled
     fragment_cache_bytes: int = 64 * MIB  # token ids of text already seen, so a long context is not tokenised again

@@ -81,9 +81,14 @@ cache_objects = sa.Table(
     # The big columns last: SQLite reads a row's pages from the front.
     sa.Column("tools", sa.LargeBinary, nullable=False),
     sa.Column("messages", sa.LargeBinary, nullable=False),
+    # Added later, so they stand behind the big ones; no scan over many rows reads them: dialect is in the indexes.
+    sa.Column("dialect", sa.Text, nullable=False, server_default="kimi"),
+    sa.Column("tool_choice", sa.LargeBinary),  # JSON; NULL: the model chooses
+    sa.Column("early_ns", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("updated_at", sa.Integer),
     sa.UniqueConstraint("tenant", "id"),  # what cache_tags refers to
-    sa.Index("cache_objects_tenant_created_at_seq_ix", "tenant", "created_at", "seq"),
-    sa.Index("cache_objects_status_expires_at_ix", "status", "expires_at"),
+    sa.Index("cache_objects_tenant_dialect_created_at_seq_ix", "tenant", "dialect", "created_at", "seq"),
+    sa.Index("cache_objects_status_expires_at_dialect_ix", "status", "expires_at", "dialect"),
     sqlite_autoincrement=True,
 )
 

@@ -4,20 +4,23 @@ Which status follows which is `core.cache_object.TRANSITIONS`; this module appli
 transaction. A computation of an object's prefix may come back late, so its outcome is a compare-and-set on the
 `generation` it was started for: an object that was updated meanwhile takes no notice of it. Rows are written for the
 tenant that owns them, and every read a client can cause names the tenant; `find` and `everyones` are for the operator
-and for ids that come from the engine.
+and for ids that come from the engine. Where a caller names a dialect, another one's object looks like none.
 """
+
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
-from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus, Page, Tag, next_status
+from keepwarm.core.cache_object import NS_PER_S, CacheObject, Cause, ObjectStatus, Page, Tag, Walk, next_status
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import Message, Tool
+from keepwarm.core.request import Message, ObjectDialect, Tool, ToolChoice
 from keepwarm.storage import Storage, cache_objects, cache_tags
 
 Pairs = tuple[tuple[str, str], ...]
 
 LIVE = (ObjectStatus.PENDING.value, ObjectStatus.READY.value)
+FORGETS = ("gemini",)  # no client of these can name an object whose time is over, so nothing is kept of it
 STARTS_OVER = (Cause.UPDATED, Cause.ENGINE_LOST)  # these make a computation that is under way worthless
 
 
@@ -53,43 +56,64 @@ class Objects:
 
         await self._storage.run(add)
 
-    async def get(self, tenant: str, object_id: str) -> CacheObject | None:
-        return await self._storage.run(lambda connection: _one(connection, _owned(tenant, object_id)))
+    async def get(self, tenant: str, object_id: str, dialect: ObjectDialect | None = None) -> CacheObject | None:
+        return await self._storage.run(lambda connection: _one(connection, _owned(tenant, object_id, dialect)))
 
-    async def by_tag(self, tenant: str, tag: str) -> CacheObject | None:
+    async def by_tag(self, tenant: str, tag: str, dialect: ObjectDialect | None = None) -> CacheObject | None:
         """The object a tag points to."""
         bound = sa.select(cache_tags.c.object_id).where(cache_tags.c.tenant == tenant, cache_tags.c.tag == tag)
-        wanted = sa.and_(cache_objects.c.tenant == tenant, cache_objects.c.id.in_(bound))
+        wanted = sa.and_(cache_objects.c.tenant == tenant, cache_objects.c.id.in_(bound), _of(dialect))
         return await self._storage.run(lambda connection: _one(connection, wanted))
 
     async def update(
-        self, tenant: str, object_id: str, *, metadata: Pairs | None = None, expires_at: int | None = None
+        self,
+        tenant: str,
+        object_id: str,
+        *,
+        now: float,
+        metadata: Pairs | None = None,
+        expires_at: int | None = None,
+        early_ns: int = 0,
+        dialect: ObjectDialect | None = None,
     ) -> CacheObject | None:
-        """Change what is not None and start over (`UPDATED`); None when the tenant has no such object."""
+        """Change what is not None and start over (`UPDATED`); None when the tenant has no such object.
+
+        `early_ns` goes with `expires_at`.
+        """
 
         def change(connection: sa.Connection) -> CacheObject | None:
-            old = _one(connection, _owned(tenant, object_id))
+            old = _one(connection, _owned(tenant, object_id, dialect))
             if old is None:
                 return None
             new = after(old, Cause.UPDATED)
             assert new is not None, f"an update means something in every status, also {old.status}"
+            new = msgspec.structs.replace(new, updated_at=int(now))
             if metadata is not None:
                 new = msgspec.structs.replace(new, metadata=metadata)
             if expires_at is not None:
-                new = msgspec.structs.replace(new, expires_at=expires_at)
+                new = msgspec.structs.replace(new, expires_at=expires_at, early_ns=early_ns)
             _write(connection, new)
             return new
 
         return await self._storage.run(change)
 
-    async def renew(self, tenant: str, object_id: str, *, expires_at: int, now: float) -> CacheObject | None:
+    async def renew(
+        self,
+        tenant: str,
+        object_id: str,
+        *,
+        expires_at: int,
+        now: float,
+        early_ns: int = 0,
+        dialect: ObjectDialect | None = None,
+    ) -> CacheObject | None:
         """Give an object that is live at `now` another lifetime and change nothing else; None when there is no such one."""
 
         def change(connection: sa.Connection) -> CacheObject | None:
-            old = _one(connection, _owned(tenant, object_id))
+            old = _one(connection, _owned(tenant, object_id, dialect))
             if old is None or next_status(old.effective_status(now), Cause.RENEWED) is None:
                 return None
-            new = msgspec.structs.replace(old, expires_at=expires_at)
+            new = msgspec.structs.replace(old, expires_at=expires_at, early_ns=early_ns, updated_at=int(now))
             _write(connection, new)
             return new
 
@@ -114,9 +138,9 @@ class Objects:
 
         return await self._storage.run(change)
 
-    async def delete(self, tenant: str, object_id: str) -> bool:
+    async def delete(self, tenant: str, object_id: str, dialect: ObjectDialect | None = None) -> bool:
         """Delete an object and its tags; False when the tenant has no such object."""
-        statement = sa.delete(cache_objects).where(_owned(tenant, object_id))
+        statement = sa.delete(cache_objects).where(_owned(tenant, object_id, dialect))
         return await self._storage.run(lambda connection: connection.execute(statement).rowcount == 1)
 
     async def usage(self, tenant: str, now: float) -> tuple[int, int]:
@@ -161,38 +185,38 @@ class Objects:
     async def expire(self, now: float, limit: int) -> list[str]:
         """Mark at most `limit` objects whose time is over, the longest expired first; returns their ids.
 
-        Look-ups do not wait for this: they go by `CacheObject.effective_status`.
+        Those of a dialect that `FORGETS` are deleted. Look-ups do not wait for this: they go by the object's own
+        `effective_status` and `is_over`.
         """
-        over = sa.and_(cache_objects.c.status.in_(LIVE), cache_objects.c.expires_at <= now)
-        query = sa.select(cache_objects.c.id, cache_objects.c.status).where(over)
+        columns = cache_objects.c
+        kept = sa.and_(columns.status.in_(LIVE), columns.expires_at <= now)
+        failed = sa.and_(
+            columns.status == ObjectStatus.ERROR.value, columns.expires_at <= now, columns.dialect.in_(FORGETS)
+        )
+        query = sa.select(columns.id, columns.status, columns.dialect).where(sa.or_(kept, failed))
 
         def change(connection: sa.Connection) -> list[str]:
-            rows = connection.execute(
-                query.order_by(cache_objects.c.expires_at, cache_objects.c.seq).limit(limit)
-            ).all()
+            rows = connection.execute(query.order_by(columns.expires_at, columns.seq).limit(limit)).all()
             for row in rows:
+                if row.dialect in FORGETS:
+                    connection.execute(sa.delete(cache_objects).where(columns.id == row.id))
+                    continue
                 status = next_status(ObjectStatus(row.status), Cause.EXPIRED)
                 assert status is not None, "a live object can expire"
-                connection.execute(
-                    sa.update(cache_objects).where(cache_objects.c.id == row.id).values(status=status.value)
-                )
+                connection.execute(sa.update(cache_objects).where(columns.id == row.id).values(status=status.value))
             return [row.id for row in rows]
 
         return await self._storage.run(change)
 
-    async def bind(self, tag: Tag) -> Tag:
+    async def bind(self, tag: Tag, dialect: ObjectDialect | None = None) -> Tag:
         """Point a tag at an object; an existing tag of that name moves and keeps its `created_at`.
 
         Raises ApiError(UNKNOWN_CACHE) when the tenant has no such object.
         """
 
         def change(connection: sa.Connection) -> Tag:
-            if (
-                connection.execute(
-                    sa.select(cache_objects.c.seq).where(_owned(tag.tenant, tag.object_id))
-                ).one_or_none()
-                is None
-            ):
+            wanted = sa.select(cache_objects.c.seq).where(_owned(tag.tenant, tag.object_id, dialect))
+            if connection.execute(wanted).one_or_none() is None:
                 raise ApiError(ErrorKind.UNKNOWN_CACHE, f"there is no cache {tag.object_id}", param="cache_id")
             return _bind(connection, tag)
 
@@ -229,15 +253,33 @@ class Objects:
         wanted = sa.true() if tenant is None else cache_objects.c.tenant == tenant
         return await self._storage.run(lambda connection: _many(connection, wanted))
 
+    async def walk(self, tenant: str, dialect: ObjectDialect, walk: Walk, now: float) -> list[CacheObject]:
+        """Up to `walk.limit` of the tenant's objects whose time is not over, without their messages and tools."""
+        columns = cache_objects.c
+        empty = sa.literal(b"[]", sa.LargeBinary)
+        light: list[sa.ColumnElement[Any]] = [
+            empty.label(column.name) if column.name in ("messages", "tools") else column for column in columns
+        ]
+        query = sa.select(*light).where(
+            columns.tenant == tenant,
+            columns.dialect == dialect,
+            columns.expires_at - columns.early_ns / float(NS_PER_S) > now,
+        )
+        order = (columns.created_at, columns.id)
+        if walk.after is not None:
+            query = query.where(sa.tuple_(*order) < sa.tuple_(*walk.after))
+        query = query.order_by(*(column.desc() for column in order)).limit(walk.limit)
+        return await self._storage.run(lambda connection: [_object(row) for row in connection.execute(query)])
+
     # The last of the class: below its definition `list` would mean this method.
-    async def list(self, tenant: str, page: Page) -> list[CacheObject]:
+    async def list(self, tenant: str, page: Page, dialect: ObjectDialect | None = None) -> list[CacheObject]:
         """A page of the tenant's objects by time of creation; see `_page` for what `after` and `before` mean.
 
         Raises ApiError(INVALID_REQUEST) when `after` or `before` is no object of the tenant.
         """
 
         def read(connection: sa.Connection) -> list[CacheObject]:
-            ids = _page(connection, cache_objects, cache_objects.c.id, tenant, page)
+            ids = _page(connection, cache_objects, cache_objects.c.id, tenant, page, _of(dialect))
             rows = connection.execute(sa.select(cache_objects).where(cache_objects.c.id.in_(ids)))
             found = {row.id: _object(row) for row in rows}
             return [found[object_id] for object_id in ids]
@@ -245,7 +287,10 @@ class Objects:
         return await self._storage.run(read)
 
 
-def _page(connection: sa.Connection, table: sa.Table, key: sa.Column[str], tenant: str, page: Page) -> list[str]:
+def _page(
+    connection: sa.Connection, table: sa.Table, key: sa.Column[str], tenant: str, page: Page,
+    among: sa.ColumnElement[bool] | None = None,
+) -> list[str]:  # fmt: skip
     """Keys of a page, in the order of the list (creation, or its reverse).
 
     `after` starts the page behind that key, `before` ends it ahead of that key. With `before` alone the page is the one
@@ -257,13 +302,14 @@ def _page(connection: sa.Connection, table: sa.Table, key: sa.Column[str], tenan
         after=b, before=d   c
     """
     order = (table.c.created_at, table.c.seq)
+    mine = table.c.tenant == tenant if among is None else sa.and_(table.c.tenant == tenant, among)
     walks_back = page.before is not None and page.after is None
     query = sa.select(key, cache_objects.c.metadata) if page.metadata else sa.select(key).limit(page.limit)
-    query = query.where(table.c.tenant == tenant)
+    query = query.where(mine)
     for name, anchor in (("after", page.after), ("before", page.before)):
         if anchor is None:
             continue
-        at = connection.execute(sa.select(*order).where(table.c.tenant == tenant, key == anchor)).one_or_none()
+        at = connection.execute(sa.select(*order).where(mine, key == anchor)).one_or_none()
         if at is None:
             raise ApiError(ErrorKind.INVALID_REQUEST, f"{name}: there is no {anchor!r} in this list", param=name)
         is_later = (name == "after") != page.descending
@@ -295,8 +341,12 @@ def _tag_of(row: sa.Row[tuple[object, ...]]) -> Tag:
     return Tag(tag=row.tag, tenant=row.tenant, object_id=row.object_id, created_at=row.created_at)
 
 
-def _owned(tenant: str, object_id: str) -> sa.ColumnElement[bool]:
-    return sa.and_(cache_objects.c.tenant == tenant, cache_objects.c.id == object_id)
+def _owned(tenant: str, object_id: str, dialect: ObjectDialect | None = None) -> sa.ColumnElement[bool]:
+    return sa.and_(cache_objects.c.tenant == tenant, cache_objects.c.id == object_id, _of(dialect))
+
+
+def _of(dialect: ObjectDialect | None) -> sa.ColumnElement[bool]:
+    return sa.true() if dialect is None else cache_objects.c.dialect == dialect
 
 
 def _live(now: float) -> sa.ColumnElement[bool]:
@@ -326,6 +376,8 @@ def _write(connection: sa.Connection, obj: CacheObject) -> None:
         "n_tokens": obj.n_tokens,
         "metadata": _metadata(obj.metadata),
         "error": obj.error,
+        "early_ns": obj.early_ns,
+        "updated_at": obj.updated_at,
     }
     connection.execute(sa.update(cache_objects).where(cache_objects.c.id == obj.id).values(values))
 
@@ -346,6 +398,10 @@ def _row(obj: CacheObject) -> dict[str, str | int | bytes | None]:
         "error": obj.error,
         "tools": msgspec.json.encode(obj.tools),
         "messages": msgspec.json.encode(obj.messages),
+        "dialect": obj.dialect,
+        "tool_choice": None if obj.tool_choice == ToolChoice() else msgspec.json.encode(obj.tool_choice),
+        "early_ns": obj.early_ns,
+        "updated_at": obj.updated_at,
     }
 
 
@@ -365,6 +421,10 @@ def _object(row: sa.Row[tuple[object, ...]]) -> CacheObject:
         metadata=_pairs(row.metadata),
         error=row.error,
         generation=row.generation,
+        dialect=row.dialect,
+        tool_choice=ToolChoice() if row.tool_choice is None else msgspec.json.decode(row.tool_choice, type=ToolChoice),
+        early_ns=row.early_ns,
+        updated_at=row.updated_at,
     )
 
 

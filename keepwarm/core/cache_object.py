@@ -2,14 +2,19 @@
 
 The status words are Kimi's (its 2024-06 document): pending → ready | error, ready → inactive at expiry, and any update
 goes through pending again. docs/api/kimi.md's diagram is generated from `TRANSITIONS` (tests/test_docs.py compares).
-Expiry is decided by the clock at look-up (`effective_status`); no sweeper has to have run.
+Expiry is decided by the clock at look-up (`effective_status`, `is_over`); no sweeper has to have run.
+
+Gemini's cachedContents are the same objects with the same statuses, which its clients never see: a call that makes one
+waits until it is ready, and one whose time is over is gone for good.
 """
 
 from enum import Enum
 
 from msgspec import Struct
 
-from keepwarm.core.request import Message, Tool
+from keepwarm.core.request import Message, ObjectDialect, Tool, ToolChoice
+
+NS_PER_S = 1_000_000_000
 
 
 class ObjectStatus(Enum):
@@ -58,6 +63,8 @@ class CacheObject(Struct, frozen=True):
     """A cache object as stored. Times in unix seconds; `n_tokens` is the length of its stable token prefix.
 
     `generation` grows with every update, so a computation that was started for an older one is not taken for this one.
+    `early_ns`, below a second: it expires that much before `expires_at`, since Gemini's times have nanoseconds.
+    `tool_choice` holds in every request that uses the object. `updated_at` None: a client never changed it.
     """
 
     id: str
@@ -74,10 +81,18 @@ class CacheObject(Struct, frozen=True):
     metadata: tuple[tuple[str, str], ...] | None = None
     error: str | None = None
     generation: int = 0
+    dialect: ObjectDialect = "kimi"
+    tool_choice: ToolChoice = ToolChoice()
+    early_ns: int = 0
+    updated_at: int | None = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether its lifetime has ended at `now`, whatever its status."""
+        return now >= self.expires_at - self.early_ns / NS_PER_S
 
     def effective_status(self, now: float) -> ObjectStatus:
         """The status a client is told at `now`: past `expires_at`, pending and ready objects are inactive."""
-        if now >= self.expires_at:
+        if self.is_over(now):
             return next_status(self.status, Cause.EXPIRED) or self.status
         return self.status
 
@@ -101,8 +116,21 @@ class Page(Struct, frozen=True):
     metadata: tuple[tuple[str, str], ...] = ()
 
 
+class Walk(Struct, frozen=True):
+    """A list query that goes on from a place, newest first: (created_at, id) of the last object seen.
+
+    Unlike `Page` it does not need that object to be there still, so a client may delete what it has seen.
+    """
+
+    limit: int
+    after: tuple[int, str] | None = None
+
+
 class NewObject(Struct, frozen=True):
-    """A create request. `expires_at` and `ttl_s` are both None for the default lifetime; never both set."""
+    """A create request. `expires_at` and `ttl_s` are both None for the default lifetime; never both set.
+
+    `early_ns` is as in `CacheObject`, before the end that either of them gives.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -113,11 +141,15 @@ class NewObject(Struct, frozen=True):
     tags: tuple[str, ...] = ()
     expires_at: int | None = None
     ttl_s: int | None = None
+    early_ns: int = 0
+    dialect: ObjectDialect = "kimi"
+    tool_choice: ToolChoice = ToolChoice()
 
 
 class ObjectUpdate(Struct, frozen=True):
-    """An update request; None leaves a member as it is."""
+    """An update request; None leaves a member as it is. `early_ns` is as in `NewObject`."""
 
     metadata: tuple[tuple[str, str], ...] | None = None
     expires_at: int | None = None
     ttl_s: int | None = None
+    early_ns: int = 0

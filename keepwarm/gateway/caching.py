@@ -1,26 +1,27 @@
 """The life of a cache object: create, look up, update, delete, and the tags that name it.
 
-A created object is on disk before the call answers `pending`; `warming` makes it `ready`. Objects belong to a tenant, and
-another tenant's look like none at all. Quotas are checked and taken under one lock, so simultaneous creates cannot pass
-them together.
+A created object is on disk before the call answers `pending`; `warming` makes it `ready`. Gemini's are the same objects,
+but `create_ready` answers when the object is ready or leaves nothing behind, and one whose time is over is not there.
+Objects belong to a tenant and a dialect, and another one's look like none at all. Quotas are checked and taken under one
+lock, so simultaneous creates cannot pass them together.
 """
 
 import asyncio
 
 from keepwarm.cache.objects import Objects
 from keepwarm.config import Config
-from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag
+from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import ChatRequest
+from keepwarm.core.request import ChatRequest, ObjectDialect
 from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
-from keepwarm.gateway.lifetime import expiry
+from keepwarm.gateway.lifetime import exact_expiry, expiry
 from keepwarm.gateway.models import ServedModels
-from keepwarm.gateway.object_use import ObjectUse, use_object
+from keepwarm.gateway.object_use import CONTENT_NOT_FOUND, ObjectUse, use_object
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.warming import Warming
-from keepwarm.gateway.window import served_model
+from keepwarm.gateway.window import ready_model, served_model
 
 WINDOW_REST = 2  # tokens after the object: a turn evaluates at least its last two
 
@@ -56,38 +57,57 @@ class Caching:
 
         Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, OVERLOADED, ENGINE_DOWN.
         """
-        now = self._clock.now()
-        expires_at = expiry(self._config, now, expires_at=new.expires_at, ttl_s=new.ttl_s)
-        self._models.resolve(new.model)
         with self._admission.enter(tenant):  # rendering is work, too
-            n_tokens = (await self._rendering.object_prefix(tenant, new.messages, new.tools)).prompt.n_tokens
-        self._check_size(n_tokens)
-        obj = CacheObject(
-            id=self._ids.new("cache-"),
-            tenant=tenant,
-            model=new.model,
-            status=ObjectStatus.PENDING,
-            created_at=int(now),
-            expires_at=expires_at if expires_at is not None else int(now) + self._config.default_ttl_s,
-            messages=new.messages,
-            tools=new.tools,
-            n_tokens=n_tokens,
-            name=new.name,
-            description=new.description,
-            metadata=new.metadata,
-        )
-        async with self._quota:
-            await self._check_quota(tenant, n_tokens, now)
-            await self._objects.insert(obj, new.tags)
+            obj = await self._insert(tenant, new)
         self._warming.want(obj)
         return obj
 
-    async def get(self, tenant: str, object_id: str) -> CacheObject:
+    async def create_ready(self, tenant: str, new: NewObject) -> CacheObject:
+        """Store a new object and compute it; whatever keeps it from being ready leaves nothing behind.
+
+        Raises as `create`, ApiError(TIMEOUT), and what the computation failed with.
+        """
+        ready_model(self._engine)
+        turn_s_max = self._limits.turn_s_max
+        try:
+            async with asyncio.timeout(turn_s_max):
+                with self._admission.enter(tenant):  # it is a turn without an answer, and takes as long
+                    return await self._computed(await self._insert(tenant, new))
+        except TimeoutError as exc:
+            message = f"the cached content was not computed within {turn_s_max:g} s"
+            raise ApiError(ErrorKind.TIMEOUT, message) from exc
+
+    async def get(self, tenant: str, object_id: str, dialect: ObjectDialect = "kimi") -> CacheObject:
         """Raises ApiError(UNKNOWN_CACHE)."""
-        obj = await self._objects.get(tenant, object_id)
-        if obj is None:
-            raise _unknown(object_id)
+        obj = await self._objects.get(tenant, object_id, dialect)
+        if obj is None or (dialect == "gemini" and obj.is_over(self._clock.now())):
+            raise _unknown(object_id, dialect)
         return obj
+
+    async def extend(self, tenant: str, object_id: str, update: ObjectUpdate) -> CacheObject:
+        """Gemini's update: another lifetime and nothing else. Only an object that has failed is computed again.
+
+        Raises ApiError: UNKNOWN_CACHE, INVALID_REQUEST for an end that is not in the future.
+        """
+        now = self._clock.now()
+        await self.get(tenant, object_id, "gemini")
+        end, early = exact_expiry(now, expires_at=update.expires_at, ttl_s=update.ttl_s, early_ns=update.early_ns)
+        renewed = await self._objects.renew(
+            tenant, object_id, expires_at=end, early_ns=early, now=now, dialect="gemini"
+        )
+        if renewed is not None:
+            return renewed
+        changed = await self._objects.update(
+            tenant, object_id, now=now, expires_at=end, early_ns=early, dialect="gemini"
+        )
+        if changed is None:
+            raise _unknown(object_id, "gemini")
+        self._warming.want(changed)
+        return changed
+
+    async def walk(self, tenant: str, walk: Walk) -> list[CacheObject]:
+        """The tenant's Gemini objects from a place on, newest first, without their messages and tools."""
+        return await self._objects.walk(tenant, "gemini", walk, self._clock.now())
 
     async def update(self, tenant: str, object_id: str, update: ObjectUpdate) -> CacheObject:
         """Change metadata or lifetime; the object is `pending` again. Raises as `create`, and UNKNOWN_CACHE."""
@@ -97,7 +117,9 @@ class Caching:
             obj = await self.get(tenant, object_id)
             if expires_at is not None and obj.effective_status(now) is ObjectStatus.INACTIVE:
                 await self._check_quota(tenant, obj.n_tokens, now)
-            changed = await self._objects.update(tenant, object_id, metadata=update.metadata, expires_at=expires_at)
+            changed = await self._objects.update(
+                tenant, object_id, now=now, metadata=update.metadata, expires_at=expires_at, dialect="kimi"
+            )
         if changed is None:
             raise _unknown(object_id)
         self._warming.want(changed)
@@ -108,18 +130,20 @@ class Caching:
         now = self._clock.now()
         expires_at = expiry(self._config, now, expires_at=None, ttl_s=ttl_s)
         assert expires_at is not None
-        renewed = await self._objects.renew(tenant, object_id, expires_at=expires_at, now=now)
+        renewed = await self._objects.renew(tenant, object_id, expires_at=expires_at, now=now, dialect="kimi")
         return renewed or await self.update(tenant, object_id, ObjectUpdate(ttl_s=ttl_s))
 
-    async def delete(self, tenant: str, object_id: str) -> None:
+    async def delete(self, tenant: str, object_id: str, dialect: ObjectDialect = "kimi") -> None:
         """Raises ApiError(UNKNOWN_CACHE)."""
-        if not await self._objects.delete(tenant, object_id):
-            raise _unknown(object_id)
+        if dialect == "gemini":
+            await self.get(tenant, object_id, dialect)  # one whose time is over
+        if not await self._objects.delete(tenant, object_id, dialect):
+            raise _unknown(object_id, dialect)
         await self._warming.drop(object_id)
 
     async def bind_tag(self, tenant: str, name: str, object_id: str) -> Tag:
         """Make `name` mean this object, whatever it meant before. Raises ApiError(UNKNOWN_CACHE)."""
-        return await self._objects.bind(Tag(name, tenant, object_id, int(self._clock.now())))
+        return await self._objects.bind(Tag(name, tenant, object_id, int(self._clock.now())), "kimi")
 
     async def tag(self, tenant: str, name: str) -> Tag:
         """Raises ApiError(UNKNOWN_CACHE)."""
@@ -150,10 +174,10 @@ class Caching:
             return ObjectUse(request)
         expiry(self._config, self._clock.now(), expires_at=None, ttl_s=use.reset_ttl_s, param="reset_ttl")
         if use.tag is not None:
-            found = await self._objects.by_tag(tenant, use.tag)
+            found = await self._objects.by_tag(tenant, use.tag, use.dialect)
         else:
             assert use.object_id is not None
-            found = await self._objects.get(tenant, use.object_id)
+            found = await self._objects.get(tenant, use.object_id, use.dialect)
         same_model = found is not None and self._models.means(found.model, served)
         return use_object(request, use, found, same_model=same_model, now=self._clock.now())
 
@@ -161,14 +185,74 @@ class Caching:
         """A turn has used the object: after a restart of the engine it comes before those that nobody asks for."""
         self._warming.used(obj.id)
 
-    def _check_size(self, n_tokens: int) -> None:
+    async def _insert(self, tenant: str, new: NewObject) -> CacheObject:
+        """A new object, `pending`, with its documents read and its length known."""
+        now = self._clock.now()
+        expires_at, early_ns = self._lifetime(new, now)
+        self._models.resolve(new.model)
+        read = await self._rendering.with_documents(tenant, ChatRequest(new.model, new.messages))
+        n_tokens = (await self._rendering.object_prefix(tenant, read.messages, new.tools)).prompt.n_tokens
+        self._check_size(n_tokens, new.dialect)
+        obj = CacheObject(
+            id=self._ids.new("cache-") if new.dialect == "kimi" else self._ids.new("") + self._ids.new(""),
+            tenant=tenant,
+            model=new.model,
+            status=ObjectStatus.PENDING,
+            created_at=int(now),
+            expires_at=expires_at,
+            messages=read.messages,
+            tools=new.tools,
+            n_tokens=n_tokens,
+            name=new.name,
+            description=new.description,
+            metadata=new.metadata,
+            dialect=new.dialect,
+            tool_choice=new.tool_choice,
+            early_ns=early_ns,
+        )
+        async with self._quota:
+            await self._check_quota(tenant, n_tokens, now)
+            await self._objects.insert(obj, new.tags)
+        return obj
+
+    async def _computed(self, obj: CacheObject) -> CacheObject:
+        """The object once it is ready. Raises ApiError when it cannot be, or is deleted meanwhile."""
+        is_made = False
+        try:
+            failure = await self._warming.computed(obj)
+            if failure is not None:
+                raise ApiError(failure.kind, failure.message, retry_after_s=failure.retry_after_s)
+            found = await self._objects.get(obj.tenant, obj.id, obj.dialect)
+            if found is None and not obj.is_over(self._clock.now()):
+                raise _unknown(obj.id, obj.dialect)
+            is_made = True
+            return found or obj  # with a lifetime that was shorter than its making
+        finally:
+            if not is_made:
+                await self._objects.delete(obj.tenant, obj.id)
+                await self._warming.drop(obj.id)
+
+    def _lifetime(self, new: NewObject, now: float) -> tuple[int, int]:
+        """(expires_at, early_ns). Raises ApiError(INVALID_REQUEST)."""
+        if new.dialect == "gemini":
+            return exact_expiry(now, expires_at=new.expires_at, ttl_s=new.ttl_s, early_ns=new.early_ns)
+        expires_at = expiry(self._config, now, expires_at=new.expires_at, ttl_s=new.ttl_s)
+        return (int(now) + self._config.default_ttl_s if expires_at is None else expires_at), 0
+
+    def _check_size(self, n_tokens: int, dialect: ObjectDialect) -> None:
         n_ctx = served_model(self._engine).n_ctx
+        n_tokens_min = min(self._config.object_tokens_min, n_ctx // 2)
+        if dialect == "gemini" and n_tokens < n_tokens_min:
+            message = (  # the one clients look for
+                f"Cached content is too small. total_token_count={n_tokens}, min_total_token_count={n_tokens_min}"
+            )
+            raise ApiError(ErrorKind.INVALID_REQUEST, message, param="contents")
         if n_tokens + WINDOW_REST > n_ctx:
             message = (
                 f"messages and tools have {n_tokens} tokens; the model's window of {n_ctx} leaves {n_ctx - WINDOW_REST}"
             )
             raise ApiError(ErrorKind.PROMPT_TOO_LONG, message, param="messages")
-        if n_tokens > self._config.object_tokens_max:
+        if dialect == "kimi" and n_tokens > self._config.object_tokens_max:
             message = f"messages and tools have {n_tokens} tokens; a cache may have {self._config.object_tokens_max}"
             raise ApiError(ErrorKind.INVALID_REQUEST, message, param="messages")
 
@@ -197,9 +281,10 @@ class Caching:
 
     # The last of the class: below its definition `list` would mean this method.
     async def list(self, tenant: str, page: Page) -> list[CacheObject]:
-        """One page of the tenant's objects. Raises ApiError(INVALID_REQUEST) for an unknown `after` or `before`."""
-        return await self._objects.list(tenant, page)
+        """One page of the tenant's Kimi objects. Raises ApiError(INVALID_REQUEST) for an unknown `after` or `before`."""
+        return await self._objects.list(tenant, page, "kimi")
 
 
-def _unknown(object_id: str) -> ApiError:
-    return ApiError(ErrorKind.UNKNOWN_CACHE, f"cache {object_id!r} not found")
+def _unknown(object_id: str, dialect: ObjectDialect = "kimi") -> ApiError:
+    message = CONTENT_NOT_FOUND if dialect == "gemini" else f"cache {object_id!r} not found"
+    return ApiError(ErrorKind.UNKNOWN_CACHE, message)

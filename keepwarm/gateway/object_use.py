@@ -3,6 +3,9 @@
 Two forms (docs/api/kimi.md): with `role: "cache"` the object's messages replace that message, so an object that cannot
 be used is an error. In the header form the client sends the messages again, so it never is: the request just runs as an
 ordinary one.
+
+Gemini's cachedContent is like the role form with its own rules: the same model name, and an object whose time is over
+looks like none. A request that uses one has no system instruction, tools or tool choice; the dialect has seen to it.
 """
 
 from datetime import UTC, datetime
@@ -14,6 +17,8 @@ from keepwarm.core.cache_lookup import MissCause
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import CacheUse, ChatRequest
+
+CONTENT_NOT_FOUND = "CachedContent not found (or permission denied)"
 
 
 class ObjectUse(Struct, frozen=True):
@@ -31,7 +36,12 @@ class ObjectUse(Struct, frozen=True):
 def use_object(
     request: ChatRequest, use: CacheUse, found: CacheObject | None, *, same_model: bool, now: float
 ) -> ObjectUse:
-    """Apply `found` to the request. Raises ApiError (role form only): UNKNOWN_CACHE, EXPIRED_CACHE, INVALID_REQUEST."""
+    """Apply `found` to the request.
+
+    Raises ApiError: UNKNOWN_CACHE, EXPIRED_CACHE, INVALID_REQUEST; never in Kimi's header form.
+    """
+    if use.dialect == "gemini":
+        return _use_content(request, found, now)
     if use.resent:
         if found is None:
             return ObjectUse(request, lost=MissCause.DELETED)
@@ -54,6 +64,22 @@ def use_object(
         raise ApiError(ErrorKind.EXPIRED_CACHE, message, param="messages[0].content")
     filled = replace(request, messages=found.messages + request.messages, tools=found.tools)
     return ObjectUse(filled, found, status)
+
+
+def _use_content(request: ChatRequest, found: CacheObject | None, now: float) -> ObjectUse:
+    """The messages are the ones clients look for."""
+    if found is None or found.is_over(now):
+        raise ApiError(ErrorKind.UNKNOWN_CACHE, CONTENT_NOT_FOUND, param="cached_content")
+    if found.model != request.model:
+        message = (
+            f"Model used by GenerateContent request (models/{request.model}) and CachedContent (models/{found.model}) "
+            "has to be the same."
+        )
+        raise ApiError(ErrorKind.INVALID_REQUEST, message, param="model")
+    filled = replace(
+        request, messages=found.messages + request.messages, tools=found.tools, tool_choice=found.tool_choice
+    )
+    return ObjectUse(filled, found, found.status)
 
 
 def _begins_with(request: ChatRequest, found: CacheObject) -> bool:

@@ -10,7 +10,8 @@ next, so losing them costs time only:
 
 With a disk tier (`is_durable`) leases outlive both processes, so a lost engine changes nothing until the next one has
 said what it holds; without one, ready objects are pending as soon as it is gone. An object is settled by generation, so
-a computation begun before an update or in a lost engine is never taken for it.
+a computation begun before an update or in a lost engine is never taken for it. `computed` is for a call that waits for
+the outcome: it is told by whatever ends the object's being pending.
 """
 
 import asyncio
@@ -83,6 +84,7 @@ class Warming:
         self._adopted_epoch = 0  # the latest whose leases were compared with the database
         self._last_used: dict[str, float] = {}  # monotonic, of objects used by this process
         self._attempts: dict[str, int] = {}  # engine losses while computing this object
+        self._awaited: dict[str, asyncio.Future[Failed | None]] = {}  # by object id: calls that wait for the outcome
         self._is_idle = False
 
     def want(self, obj: CacheObject) -> None:
@@ -91,6 +93,17 @@ class Warming:
         if len(self._wanted) < WANTED_MAX:
             self._wanted[obj.id] = obj.tenant
         self._wake.set()
+
+    async def computed(self, obj: CacheObject) -> Failed | None:
+        """Compute this object soon, and wait until it is no longer pending; why it could not be, if so. One call each."""
+        outcome: asyncio.Future[Failed | None] = asyncio.get_running_loop().create_future()
+        assert obj.id not in self._awaited, "an object is made by one call"
+        self._awaited[obj.id] = outcome
+        try:
+            self.want(obj)
+            return await outcome
+        finally:
+            self._awaited.pop(obj.id, None)
 
     def used(self, object_id: str) -> None:
         """Note a use, so that a new engine gets the most recently used objects first."""
@@ -103,6 +116,7 @@ class Warming:
         self._attempts.pop(object_id, None)
         self._pinned.discard(object_id)
         self._damaged.discard(object_id)
+        self._tell(object_id, None)
         try:
             await self._engine.drop(object_id)
         except ApiError as error:
@@ -141,6 +155,7 @@ class Warming:
         is_repair = status is ObjectStatus.READY and object_id in self._damaged
         self._damaged.discard(object_id)  # what is found damaged from now on counts anew
         if obj is None or not (status is ObjectStatus.PENDING or is_repair):
+            self._tell(object_id, None)
             return True
         is_done = False
         try:
@@ -196,9 +211,17 @@ class Warming:
             settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
         else:
             settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message)
+        if settled is not None:  # a stale one is computed again, or is gone and will be dropped
+            self._tell(obj.id, failure)
         status = settled.status.value if settled is not None else "stale"
         self._log.info("cache object settled", object_id=obj.id, tenant=obj.tenant, status=status, n_tokens=n_tokens)
         return True
+
+    def _tell(self, object_id: str, failure: Failed | None) -> None:
+        """Tell the call that waits for this object, if one does, that it is no longer pending."""
+        outcome = self._awaited.pop(object_id, None)
+        if outcome is not None and not outcome.done():
+            outcome.set_result(failure)
 
     async def follow_engine(self) -> None:
         """Ready objects whose leases a new engine process lacks are pending again and are rebuilt; forever."""

@@ -73,7 +73,7 @@ async def test_another_tenants_object_is_not_there(objects: Objects) -> None:
     assert await objects.tag(BOB, "t") is None
     assert await objects.list(BOB, Page()) == []
     assert await objects.tags(BOB, Page()) == []
-    assert await objects.update(BOB, "cache-1", expires_at=1) is None
+    assert await objects.update(BOB, "cache-1", now=150, expires_at=1) is None
     assert await objects.delete(BOB, "cache-1") is False
     assert await objects.usage(BOB, 0) == (0, 0)
     await objects.unbind(BOB, "t")
@@ -134,7 +134,7 @@ async def test_metadata_must_match_whole(objects: Objects) -> None:
 
 async def test_a_late_outcome_is_not_taken_for_a_newer_generation(objects: Objects) -> None:
     await objects.insert(an_object("a"))
-    updated = await objects.update(ALICE, "a", metadata=(("k", "v"),))
+    updated = await objects.update(ALICE, "a", now=150, metadata=(("k", "v"),))
     assert updated is not None
     assert (updated.generation, updated.metadata, updated.expires_at) == (1, (("k", "v"),), 1000)
     assert await objects.settle("a", 0, Cause.COMPUTED, n_tokens=5) is None
@@ -154,9 +154,9 @@ async def test_an_update_forgets_the_error(objects: Objects) -> None:
     failed = await objects.settle("a", 0, Cause.FAILED, error="no room")
     assert failed is not None
     assert (failed.status, failed.error) == (ObjectStatus.ERROR, "no room")
-    updated = await objects.update(ALICE, "a", expires_at=2000)
+    updated = await objects.update(ALICE, "a", now=150.9, expires_at=2000)
     assert updated == msgspec.structs.replace(
-        failed, status=ObjectStatus.PENDING, error=None, generation=1, expires_at=2000
+        failed, status=ObjectStatus.PENDING, error=None, generation=1, expires_at=2000, updated_at=150
     )
 
 
