@@ -124,9 +124,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     document_cache_bytes: int = 32 * MIB  # texts read lately, so that a conversation's document is read once
     file_bytes_max: int = 100 * MIB  # of an uploaded file; Kimi's limit, Gemini's is 2 GB
     files_per_tenant_max: int = 1000  # Kimi's limit; uploads under way count
-    file_bytes_per_tenant_max: int = (
-        10_000_000_000  # Kimi's limit, on disk; uploads under way count with what they announce
-    )
+    file_bytes_per_tenant_max: int = 10_000 * MIB  # Kimi's limit; uploads under way count with what they announce
     file_ttl_s: float = 172_800.0  # Gemini's 48 hours for its files; Kimi's are kept until they are deleted
     upload_idle_s_max: float = 3600.0  # a broken upload can be gone on with for so long, then its bytes are deleted
     prefill_delay_ms_max: float = 250.0  # the longest a prefill chunk may keep others' next token waiting

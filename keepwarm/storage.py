@@ -5,8 +5,8 @@ acknowledged survives `kill -9` and a power cut. A call whose awaiter was cancel
 Every transaction begins IMMEDIATE: a read followed by a write can then never fail half-way because another process
 (`keepwarm keys`, `keepwarm caches`) wrote in between. The file is readable by its owner only.
 
-This module knows tables and transactions; what the rows mean is in cache/objects.py, gateway/auth.py and
-gateway/breakpoints.py.
+This module knows tables and transactions; what the rows mean is in cache/objects.py, gateway/auth.py,
+gateway/breakpoints.py and gateway/file_rows.py.
 """
 
 import asyncio
@@ -119,6 +119,29 @@ breakpoints = sa.Table(
     sa.Column("expires_at", sa.Float, nullable=False),
     sa.PrimaryKeyConstraint("tenant", "digest"),
     sa.Index("breakpoints_expires_at_ix", "expires_at"),
+)
+
+files = sa.Table(
+    "files",
+    METADATA,
+    sa.Column("seq", sa.Integer, primary_key=True),  # order of creation
+    sa.Column("id", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("dialect", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False, unique=True),  # its name on disk
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("media_type", sa.Text, nullable=False),
+    sa.Column("n_bytes", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("updated_at", sa.Float, nullable=False),
+    sa.Column("expires_at", sa.Float),  # NULL: never
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("error", sa.Text),
+    sa.UniqueConstraint("tenant", "id"),
+    sa.Index("files_tenant_dialect_seq_ix", "tenant", "dialect", "seq"),
+    sa.Index("files_expires_at_ix", "expires_at"),
+    sqlite_autoincrement=True,
 )
 
 

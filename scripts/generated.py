@@ -32,6 +32,8 @@ FIXED_BOUNDS = (  # not in the configuration: nobody has had a reason to change 
     "keepwarm/server/endpoints.py",
     "keepwarm/gateway/warming.py",
     "keepwarm/gateway/settling.py",
+    "keepwarm/gateway/files.py",
+    "keepwarm/gateway/uploads.py",
     "keepwarm/documents/confine.py",
     "keepwarm/documents/extraction.py",
     "keepwarm/documents/office.py",

@@ -9,13 +9,14 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
 
 from keepwarm.documents import READY, Answer, DocumentFault, Extracted, Order, framed
 
+Document = bytes | AsyncIterator[bytes]  # in pieces: a large one is never here as a whole
 COMMAND = (sys.executable, "-m", "keepwarm.documents.worker")
 READ_BYTES = 1 << 18
 CHAR_BYTES_MAX = 4  # of UTF-8
@@ -28,7 +29,7 @@ class ReaderFault(Exception):
 
 
 async def extract(
-    order: Order, data: bytes, s_max: float, environment: Mapping[str, str], command: Sequence[str] = COMMAND
+    order: Order, document: Document, s_max: float, environment: Mapping[str, str], command: Sequence[str] = COMMAND
 ) -> str:
     """The text of a document. Raises DocumentFault, ReaderFault, OSError."""
     process = await asyncio.create_subprocess_exec(
@@ -43,21 +44,28 @@ async def extract(
     bytes_max = order.chars_max * CHAR_BYTES_MAX + ANSWER_BYTES
     try:
         async with asyncio.timeout(s_max), asyncio.TaskGroup() as tasks:
-            tasks.create_task(_send(process.stdin, framed(order), data))
+            tasks.create_task(_send(process.stdin, framed(order), document))
             said = await _receive(process.stdout, bytes_max)
             if len(said) <= bytes_max:
                 await process.wait()
     except TimeoutError:
         raise DocumentFault(f"could not be read within {s_max:g} s (document_s_max)") from None
+    except ExceptionGroup as group:
+        raise ReaderFault("the document's pieces could not be fetched") from group
     finally:
         await _end(process)
     return _text(said, bytes_max, process.returncode, order)
 
 
-async def _send(stdin: asyncio.StreamWriter, head: bytes, data: bytes) -> None:
+async def _send(stdin: asyncio.StreamWriter, head: bytes, document: Document) -> None:
     with suppress(ConnectionError):  # the process ended first: what it said, or how it ended, tells why
         stdin.write(head)
-        stdin.write(data)
+        if isinstance(document, bytes):
+            stdin.write(document)
+        else:
+            async for piece in document:
+                stdin.write(piece)
+                await stdin.drain()
         await stdin.drain()
         stdin.close()
         await stdin.wait_closed()

@@ -3,63 +3,86 @@
 A document is hostile input: it is read in a process of its own within `Limits.document_…` (keepwarm/documents), and one
 that is broken or out to do harm fails alone, as an ApiError that names its place in the body. Texts read lately are kept,
 by tenant, type and digest of the bytes, so that a conversation that repeats its document has it read once. Who waits for
-a process waits no longer than the turn may take, and one is always left to the other tenants: documents that take all the
-time they are given hold up their own tenant's only.
+a process (gateway/reading.py) waits no longer than the turn may take.
+
+A file that was uploaded before has been read already; it stands in the prompt just as a document that came with the
+request would, so the way it came makes no other prefix.
 """
 
 import asyncio
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Protocol
 
 from blake3 import blake3
 from msgspec.structs import replace
 
-from keepwarm.config import Limits, document_environment
+from keepwarm.config import Limits
 from keepwarm.core.document import document_text
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import ChatRequest, DocumentPart, Message, Part, TextPart
-from keepwarm.documents import DocumentFault, Order, kind_of
-from keepwarm.documents.extraction import extract
+from keepwarm.core.file import StoredFile, unknown_file
+from keepwarm.core.request import ChatRequest, DocumentPart, FilePart, Message, Part, TextPart
+from keepwarm.documents import DocumentFault, Order
+from keepwarm.gateway.reading import Places, Reading
 
 HASHED_INLINE_BYTES_MAX = 1 << 20  # a millisecond; more is hashed on a thread
 ENTRY_BYTES = 256  # key, dict slot and string header of one text, roughly
-K = TypeVar("K")
-Extract = Callable[[Order, bytes, float, Mapping[str, str]], Awaitable[str]]
+
+
+class FileTexts(Protocol):
+    """Where uploaded files are."""
+
+    async def active(self, tenant: str, file_id: str, *, param: str | None = None) -> StoredFile:
+        """Raises ApiError: UNKNOWN_FILE, INVALID_REQUEST when it cannot be used (yet)."""
+        ...
+
+    async def text_of(self, file: StoredFile) -> str:
+        """The text of an active file. Raises ApiError(UNKNOWN_FILE)."""
+        ...
 
 
 class Documents:
-    """Reads the document parts of requests."""
+    """Reads the document and file parts of requests."""
 
-    def __init__(self, limits: Limits = Limits(), extract_text: Extract = extract) -> None:
-        """`extract_text` raises DocumentFault; any other exception is no fault of the document."""
+    def __init__(
+        self, limits: Limits = Limits(), reading: Reading | None = None, files: FileTexts | None = None
+    ) -> None:
+        """`files` None: no file is known."""
         self._limits = limits
-        self._extract = extract_text
+        self._reading = Reading(limits) if reading is None else reading
+        self._files = files
         self._texts = TextCache(limits.document_cache_bytes)
         self._same = Places[bytes](1)  # by key: nobody else reads the same document meanwhile
-        self._tenants = Places[str](max(1, limits.documents_at_once_max - 1))
-        self._all = asyncio.Semaphore(limits.documents_at_once_max)
 
     async def read(self, request: ChatRequest, tenant: str = "") -> ChatRequest:
-        """The request with a text part in place of each document. Raises ApiError(INVALID_REQUEST)."""
-        if not any(isinstance(part, DocumentPart) for message in request.messages for part in message.parts):
-            return request
-        messages: list[Message] = []
+        """The request with a text part in place of each document and file.
+
+        Raises ApiError: INVALID_REQUEST, UNKNOWN_FILE.
+        """
+        messages = await self.read_messages(request.messages, tenant)
+        return request if messages is request.messages else replace(request, messages=messages)
+
+    async def read_messages(self, messages: tuple[Message, ...], tenant: str) -> tuple[Message, ...]:
+        """As `read`; the same messages when there is nothing to read in them."""
+        if not any(isinstance(part, DocumentPart | FilePart) for message in messages for part in message.parts):
+            return messages
+        read: list[Message] = []
         n_chars = 0
-        for message in request.messages:
+        for message in messages:
             parts: list[Part] = []
             for part in message.parts:
-                if isinstance(part, DocumentPart):
-                    text = await self._text(tenant, part)
-                    n_chars += len(text)
-                    self._check_total(part, n_chars)
-                    parts.append(TextPart(document_text(part.title, part.context, text), part.mark))
-                else:
+                if isinstance(part, TextPart):
                     parts.append(part)
-            messages.append(replace(message, parts=tuple(parts)))
-        return replace(request, messages=tuple(messages))
+                    continue
+                if isinstance(part, DocumentPart):
+                    title, context, text = part.title, part.context, await self._text(tenant, part)
+                else:
+                    title, context, text = await self._file_text(tenant, part)
+                n_chars += len(text)
+                self._check_total(part, n_chars)
+                parts.append(TextPart(document_text(title, context, text), part.mark))
+            read.append(replace(message, parts=tuple(parts)))
+        return tuple(read)
 
     async def _text(self, tenant: str, part: DocumentPart) -> str:
         """The text of one document: from the cache, or read now, by one reader however many wait for it."""
@@ -67,28 +90,31 @@ class Documents:
         if n_bytes > limit:
             raise _refused(part, f"has {n_bytes:,} bytes, limit {limit:,} (document_bytes_max)")
         try:
-            kind, charset = kind_of(part.media_type)
-            order = Order(
-                kind,
-                charset,
-                self._limits.document_chars_max,
-                self._limits.document_s_max,
-                self._limits.document_memory_bytes_max,
-            )
+            order = self._reading.order(part.media_type)
             key = await self._key(tenant, order, part.data)
             async with self._same.one(key):
                 text = self._texts.get(key)
                 if text is None:
-                    async with self._tenants.one(tenant), self._all:
-                        text = await self._extract(
-                            order, part.data, self._limits.document_s_max, document_environment()
-                        )
+                    text = await self._reading.text(tenant, order, part.data)
                     self._texts.put(key, text)
         except DocumentFault as fault:
             raise _refused(part, str(fault)) from fault
         return text
 
-    def _check_total(self, part: DocumentPart, n_chars: int) -> None:
+    async def _file_text(self, tenant: str, part: FilePart) -> tuple[str | None, None, str]:
+        """Title, no context, and text of an uploaded file. Whether it is there is asked every time, its text read once."""
+        if self._files is None:
+            raise unknown_file(part.file_id, part.param)
+        file = await self._files.active(tenant, part.file_id, param=part.param)
+        key = f"file\0{file.key}".encode()
+        async with self._same.one(key):
+            text = self._texts.get(key)
+            if text is None:
+                text = await self._files.text_of(file)
+                self._texts.put(key, text)
+        return file.title, None, text
+
+    def _check_total(self, part: DocumentPart | FilePart, n_chars: int) -> None:
         """Small files can hold long texts, and a request can repeat one many times."""
         limit = self._limits.document_chars_max
         if n_chars > limit:
@@ -103,30 +129,6 @@ class Documents:
             return blake3(data, key=blake3(head).digest()).digest()
 
         return digest() if len(data) <= HASHED_INLINE_BYTES_MAX else await asyncio.to_thread(digest)
-
-
-class Places(Generic[K]):
-    """So many places for each key. What a key takes here is kept while somebody holds or waits for one of its places."""
-
-    def __init__(self, n_places: int) -> None:
-        self._n_places = n_places
-        self._kept: dict[K, tuple[asyncio.Semaphore, int]] = {}  # with how many hold or wait
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    @asynccontextmanager
-    async def one(self, key: K) -> AsyncIterator[None]:
-        """One of the key's places, in the order of asking."""
-        places, n_users = self._kept.get(key) or (asyncio.Semaphore(self._n_places), 0)
-        self._kept[key] = places, n_users + 1
-        try:
-            async with places:
-                yield
-        finally:
-            _, n_users = self._kept.pop(key)
-            if n_users > 1:
-                self._kept[key] = places, n_users - 1
 
 
 class TextCache:

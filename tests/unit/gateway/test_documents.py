@@ -12,7 +12,8 @@ from keepwarm.core.document import document_text
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import ChatRequest, DocumentPart, Mark, Message, Part, TextPart
 from keepwarm.documents import DocumentFault, Order
-from keepwarm.gateway.documents import Documents, Places, TextCache
+from keepwarm.gateway.documents import Documents, TextCache
+from keepwarm.gateway.reading import Places, Reading
 from tests.files import pdf
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +42,10 @@ class Reader:
             self.n_running -= 1
 
 
+def within(limits: Limits, reader: Reader) -> Documents:
+    return Documents(limits, Reading(limits, reader))
+
+
 def document(data: bytes = b"ab", media_type: str = "text/plain", **members: object) -> DocumentPart:
     return DocumentPart(media_type, data, "messages[0].content[1]", **members)  # type: ignore[arg-type]
 
@@ -51,12 +56,12 @@ def asking(*parts: Part) -> ChatRequest:
 
 async def test_a_request_without_documents_is_itself():
     request = asking(TextPart("a"))
-    assert await Documents(extract_text=Reader()).read(request) is request
+    assert await Documents(reading=Reading(extract_text=Reader())).read(request) is request
 
 
 async def test_a_text_part_takes_the_place_of_each_document():
     mark = Mark(300)
-    read = await Documents(extract_text=Reader()).read(
+    read = await Documents(reading=Reading(extract_text=Reader())).read(
         ChatRequest(
             "m",
             (
@@ -78,7 +83,7 @@ async def test_a_text_part_takes_the_place_of_each_document():
 
 async def test_a_document_is_read_once_whatever_it_is_called():
     reader = Reader()
-    documents = Documents(extract_text=reader)
+    documents = Documents(reading=Reading(extract_text=reader))
     first = await documents.read(asking(document(title="one")))
     again = await documents.read(asking(document(title="one"), document(title="two")))
     assert reader.read == [b"ab"]
@@ -87,7 +92,7 @@ async def test_a_document_is_read_once_whatever_it_is_called():
 
 async def test_type_charset_and_tenant_make_it_another():
     reader = Reader()
-    documents = Documents(extract_text=reader)
+    documents = Documents(reading=Reading(extract_text=reader))
     for media_type in ("text/plain", "text/plain; charset=latin-1", "text/html", "text/html"):
         await documents.read(asking(document(media_type=media_type)))
     assert len(reader.read) == 3
@@ -97,7 +102,7 @@ async def test_type_charset_and_tenant_make_it_another():
 
 async def test_the_cache_has_a_bound():
     reader = Reader()
-    documents = Documents(Limits(document_cache_bytes=10), reader)
+    documents = within(Limits(document_cache_bytes=10), reader)
     await documents.read(asking(document()))
     await documents.read(asking(document()))
     assert len(reader.read) == 2
@@ -105,7 +110,7 @@ async def test_the_cache_has_a_bound():
 
 async def test_those_who_ask_for_the_same_document_at_once_have_it_read_once():
     reader = Reader(asyncio.Event())
-    documents = Documents(extract_text=reader)
+    documents = Documents(reading=Reading(extract_text=reader))
     async with asyncio.TaskGroup() as tasks:
         readings = [tasks.create_task(documents.read(asking(document()))) for _ in range(5)]
         await settled()
@@ -117,7 +122,7 @@ async def test_those_who_ask_for_the_same_document_at_once_have_it_read_once():
 
 async def test_when_the_one_who_reads_is_cancelled_the_next_reads():
     reader = Reader(asyncio.Event())
-    documents = Documents(extract_text=reader)
+    documents = Documents(reading=Reading(extract_text=reader))
     async with asyncio.TaskGroup() as tasks:
         first, second = (tasks.create_task(documents.read(asking(document()))) for _ in range(2))
         await settled()
@@ -130,7 +135,7 @@ async def test_when_the_one_who_reads_is_cancelled_the_next_reads():
 
 async def test_no_more_are_read_at_once_than_allowed_and_a_cancelled_wait_takes_no_place():
     reader = Reader(asyncio.Event())
-    documents = Documents(Limits(documents_at_once_max=2), reader)
+    documents = within(Limits(documents_at_once_max=2), reader)
     async with asyncio.TaskGroup() as tasks:
         readings = [tasks.create_task(documents.read(asking(document(b"%d" % n)), str(n))) for n in range(6)]
         await settled()
@@ -146,7 +151,7 @@ async def test_no_more_are_read_at_once_than_allowed_and_a_cancelled_wait_takes_
 
 async def test_one_place_is_left_to_the_other_tenants():
     reader = Reader(asyncio.Event())
-    documents = Documents(Limits(documents_at_once_max=3), reader)
+    documents = within(Limits(documents_at_once_max=3), reader)
     async with asyncio.TaskGroup() as tasks:
         for n in range(4):
             tasks.create_task(documents.read(asking(document(b"a%d" % n)), "a"))
@@ -161,7 +166,7 @@ async def test_one_place_is_left_to_the_other_tenants():
 
 async def test_one_place_in_all_goes_from_tenant_to_tenant():
     reader = Reader()
-    documents = Documents(Limits(documents_at_once_max=1), reader)
+    documents = within(Limits(documents_at_once_max=1), reader)
     async with asyncio.TaskGroup() as tasks:
         for n in range(6):
             tasks.create_task(documents.read(asking(document(b"%d" % n)), f"tenant {n % 2}"))
@@ -185,7 +190,7 @@ async def test_places_are_kept_only_while_somebody_uses_them():
 async def test_one_request_reads_one_document_at_a_time():
     reader = Reader(asyncio.Event())
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(Documents(extract_text=reader).read(asking(document(b"a"), document(b"b"))))
+        tasks.create_task(Documents(reading=Reading(extract_text=reader)).read(asking(document(b"a"), document(b"b"))))
         await settled()
         assert reader.read == [b"a"]
         reader.gate.set()
@@ -194,7 +199,7 @@ async def test_one_request_reads_one_document_at_a_time():
 
 async def test_a_document_that_cannot_be_read_is_an_error_at_its_place():
     reader = Reader()
-    documents = Documents(extract_text=reader)
+    documents = Documents(reading=Reading(extract_text=reader))
     reader.fault = DocumentFault("is encrypted")
     with pytest.raises(ApiError) as raised:
         await documents.read(asking(TextPart("a"), document()))
@@ -208,12 +213,12 @@ async def test_a_reader_that_breaks_is_no_fault_of_the_document():
     reader = Reader()
     reader.fault = OSError("no more processes")
     with pytest.raises(OSError, match="no more processes"):
-        await Documents(extract_text=reader).read(asking(document()))
+        await Documents(reading=Reading(extract_text=reader)).read(asking(document()))
 
 
 async def test_types_and_sizes_are_refused_before_anything_is_read():
     reader = Reader()
-    documents = Documents(Limits(document_bytes_max=1000), reader)
+    documents = within(Limits(document_bytes_max=1000), reader)
     with pytest.raises(ApiError, match=r"the document is of the media type image/png, which is not read here"):
         await documents.read(asking(document(media_type="image/png")))
     with pytest.raises(ApiError, match=r"the document has 1,001 bytes, limit 1,000 \(document_bytes_max\)"):
@@ -222,7 +227,7 @@ async def test_types_and_sizes_are_refused_before_anything_is_read():
 
 
 async def test_the_documents_of_a_request_have_one_limit_together():
-    documents = Documents(Limits(document_chars_max=10), Reader())
+    documents = within(Limits(document_chars_max=10), Reader())
     await documents.read(asking(document(), document()))
     with pytest.raises(ApiError, match=r"up to this one have 12 characters of text, limit 10 \(document_chars_max\)"):
         await documents.read(asking(*[document()] * 1000))
