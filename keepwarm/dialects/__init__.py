@@ -42,10 +42,14 @@ class WireBounds(Struct, frozen=True):
 
 
 class Frame(Struct, frozen=True):
-    """One server-sent event: `event: name` (when there is a name) and `data: data`."""
+    """One server-sent event: `event: name` (when there is a name) and `data: data`.
+
+    `is_raw`: no event, `data` goes out as it is. Elements of a stream that is a JSON array, and white space, are raw.
+    """
 
     data: bytes
     name: str | None = None
+    is_raw: bool = False
 
 
 class ErrorReply(Struct, frozen=True):
@@ -84,6 +88,11 @@ class Parsed(Struct, frozen=True):
     stream: bool
     include_usage: bool = False
 
+    @property
+    def is_array(self) -> bool:
+        """Whether the stream is one JSON array, of raw frames, and no event stream: nothing may go ahead of the first one."""
+        return False
+
 
 class Renderer(Protocol):
     """Renders one turn. `feed` is called with each event in order; `whole` after the terminal event of a collected turn."""
@@ -100,7 +109,8 @@ class Renderer(Protocol):
 class ChatDialect(Protocol):
     """One vendor's chat endpoint.
 
-    `id_prefix` begins the ids of its turns. `keepalive` is sent in a stream's silence, None: a comment line.
+    `id_prefix` begins the ids of its turns. `keepalive` is sent in a stream's silence, None: a comment line. A stream of a
+    dialect with a raw one has no comments at all, its clients cannot read them.
     """
 
     name: str

@@ -1,21 +1,28 @@
 """The stored transcripts hold exactly, and the SDKs' own models accept every stored answer."""
 
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import httpx2  # the HTTP client of the anthropic SDK
+import httpx2  # the HTTP client of the anthropic and google-genai SDKs
 import msgspec
 import pytest
+import requests
 from anthropic import Anthropic
 from anthropic.types import Message
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from tests.gemini_sdks import genai, glm, rest_streaming
 from tests.golden.transcripts import ALL, HERE, expectations, neutral
 
-ANSWERS = sorted(path for path in (HERE / "answers").glob("*/*.http") if path.stem != "anthropic")
-STREAMS = sorted(path for path in (HERE / "answers").glob("*/*.sse") if path.stem != "anthropic")
+OPENAI_SHAPED = ("kimi", "minimax", "openai")
+ANSWERS = sorted(path for path in (HERE / "answers").glob("*/*.http") if path.stem in OPENAI_SHAPED)
+STREAMS = sorted(path for path in (HERE / "answers").glob("*/*.sse") if path.stem in OPENAI_SHAPED)
 ANTHROPIC_ANSWERS = sorted((HERE / "answers").glob("*/anthropic.http"))
 ANTHROPIC_STREAMS = sorted((HERE / "answers").glob("*/anthropic.sse"))
+GEMINI_ANSWERS = sorted((HERE / "answers").glob("*/gemini.http"))
 CONVERSATIONS = sorted((HERE / "conversations").glob("*.json"))
 
 
@@ -25,7 +32,7 @@ def shown(path: Path) -> str:
 
 @pytest.mark.parametrize("path,expected", [pytest.param(p, text, id=shown(p)) for p, text in expectations()])
 def test_transcript(path: Path, expected: str) -> None:
-    assert path.read_text(encoding="utf-8") == expected
+    assert path.read_bytes().decode() == expected
 
 
 @pytest.mark.parametrize("path", ANSWERS, ids=shown)
@@ -101,3 +108,78 @@ def test_anthropic_sdk_folds_the_stream_to_the_whole_answer(path: Path) -> None:
         "content": None
     }
     assert [block.to_dict() for block in message.content] == json.loads(whole)["content"]
+
+
+def gemini_streamed(path: Path) -> list[genai.types.GenerateContentResponse]:
+    """What google-genai reads from an event stream."""
+    sse = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=path.read_bytes())
+    with httpx2.Client(transport=httpx2.MockTransport(lambda _: sse)) as http:
+        options = genai.types.HttpOptions(base_url="http://127.0.0.1", httpx_client=http)
+        client = genai.Client(api_key="k", http_options=options)
+        return list(client.models.generate_content_stream(model="m", contents="q"))
+
+
+def old_sdks(path: Path) -> list[dict[str, Any]]:
+    """What the old SDK reads from an array, byte by byte."""
+    response = requests.Response()
+    response.status_code, response.encoding, response.raw = 200, "utf-8", io.BytesIO(path.read_bytes())
+    chunks = rest_streaming.ResponseIterator(response, glm.GenerateContentResponse)
+    return [glm.GenerateContentResponse.to_dict(chunk) for chunk in chunks]
+
+
+def said(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts with texts that follow each other as one, and none empty beside others."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if "text" in part and joined and "text" in joined[-1] and joined[-1].get("thought") == part.get("thought"):
+            joined[-1] = joined[-1] | {"text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return [part for part in joined if part.get("text") != ""] or joined[:1]
+
+
+@pytest.mark.parametrize("path", GEMINI_ANSWERS, ids=shown)
+def test_gemini_sdks_read_the_whole_answer(path: Path) -> None:
+    head, _, body = path.read_text(encoding="utf-8").partition("\n\n")
+    document = json.loads(body)
+    if not head.startswith("200"):
+        assert {"code", "message", "status"} <= document["error"].keys()
+        return
+    answer = genai.types.GenerateContentResponse.model_validate(document)
+    usage = document["usageMetadata"]
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata.cached_content_token_count == usage.get("cachedContentTokenCount")
+    assert usage["totalTokenCount"] == usage["promptTokenCount"] + usage["candidatesTokenCount"]
+    assert usage.get("cachedContentTokenCount") != 0
+    old = glm.GenerateContentResponse.from_json(body, ignore_unknown_fields=True)
+    for theirs, candidate in zip(old.candidates, document["candidates"], strict=True):
+        assert theirs.finish_reason.name == candidate["finishReason"]
+        texts = [part["text"] for part in candidate["content"]["parts"] if "text" in part]
+        assert [part.text for part in theirs.content.parts if "text" in part] == texts
+
+
+@pytest.mark.parametrize("path", GEMINI_ANSWERS, ids=shown)
+def test_gemini_sdks_read_the_streams_and_they_come_to_the_whole(path: Path) -> None:
+    elements = json.loads(path.with_suffix(".array").read_bytes())
+    frames = [frame.removeprefix("data: ") for frame in path.with_suffix(".sse").read_text().split("\n\n")[:-1]]
+    assert [json.loads(frame) for frame in frames] == elements
+    old = old_sdks(path.with_suffix(".array"))
+    assert len(old) == len(elements)
+    if "error" in elements[-1]:
+        with pytest.raises(genai.errors.ServerError) as caught:
+            gemini_streamed(path.with_suffix(".sse"))
+        assert (caught.value.code, caught.value.status) == (
+            elements[-1]["error"]["code"],
+            elements[-1]["error"]["status"],
+        )
+        return
+    new = gemini_streamed(path.with_suffix(".sse"))
+    assert all(chunk.candidates and chunk.candidates[0].content.parts for chunk in new)
+    whole = json.loads(path.read_text(encoding="utf-8").partition("\n\n")[2])
+    for candidate in whole["candidates"]:
+        pieces = [c for element in elements for c in element["candidates"] if c["index"] == candidate["index"]]
+        assert said(part for piece in pieces for part in piece["content"]["parts"]) == candidate["content"]["parts"]
+        assert [c["finishReason"] for c in pieces if "finishReason" in c] == [pieces[-1]["finishReason"]]
+        assert pieces[-1] | {"content": 0, "logprobsResult": 0} == candidate | {"content": 0, "logprobsResult": 0}
+    assert elements[-1]["usageMetadata"] == whole["usageMetadata"]
+    assert all("usageMetadata" not in element for element in elements[:-1])

@@ -1,7 +1,8 @@
 """Golden transcripts: stored inputs, and what each dialect makes of them.
 
 requests/NAME.json   a body (and headers) → under "expect", per dialect, the neutral request or the error
-answers/NAME/        input.json (bodies and the turn's events) → per dialect the exact frames (.sse) and whole answer (.http)
+answers/NAME/        input.json (bodies and the turn's events) → per dialect the exact frames (.sse) and whole answer (.http),
+                     of Gemini's also the stream that is one array (.array)
 conversations/NAME.json  one conversation as a body of each dialect → under "expect", the neutral request that all of them are
 caching/NAME.json    a body, a query or stored objects of the cache resource → under "expect", what is parsed or rendered
 
@@ -23,6 +24,8 @@ from keepwarm.core.request import ChatRequest
 from keepwarm.dialects import CacheReport, ChatDialect, ErrorReply, Identity, WireBounds
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
+from keepwarm.dialects.gemini import GeminiContent
+from keepwarm.dialects.gemini_answer import AnswerShape
 from keepwarm.dialects.kimi import KimiChat
 from keepwarm.dialects.minimax import MiniMaxChat
 from keepwarm.dialects.openai import OpenAIChat
@@ -32,6 +35,7 @@ HERE = Path(__file__).parent
 BOUNDS = msgspec.convert(Limits(), WireBounds, from_attributes=True)
 IDENTITY = Identity(turn_id="chatcmpl-0a1b2c3d4e5f6g7h8i9j", created=1718680442)
 ANTHROPIC_IDENTITY = Identity(turn_id="msg_0a1b2c3d4e5f6g7h8i9j", created=1718680442)
+GEMINI_IDENTITY = Identity(turn_id="0a1b2c3d4e5f6g7h8i9j", created=1718680442)
 NOW = 1718680500
 
 DIALECTS: dict[str, ChatDialect] = {
@@ -41,19 +45,21 @@ DIALECTS: dict[str, ChatDialect] = {
 }
 
 ANTHROPIC = AnthropicMessages(BOUNDS)
-ALL: dict[str, ChatDialect] = {**DIALECTS, "anthropic": ANTHROPIC}
+GEMINI = GeminiContent(BOUNDS)
+ALL: dict[str, ChatDialect] = {**DIALECTS, "anthropic": ANTHROPIC, "gemini": GEMINI}
 
 
 class AnswerInput(msgspec.Struct):
     """The events of a turn, the cache object it used, if it used one, and the request's body.
 
-    `body` is what the dialects in OpenAI's shape read, those in `not_in` excepted, and `anthropic` what Anthropic's does. A
-    dialect without a body renders nothing.
+    `body` is what the dialects in OpenAI's shape read, those in `not_in` excepted, `anthropic` what Anthropic's does and
+    `gemini` what Gemini's does. A dialect without a body renders nothing.
     """
 
     events: list[Event]
     body: dict[str, Any] | None = None
     anthropic: dict[str, Any] | None = None
+    gemini: dict[str, Any] | None = None
     report: CacheReport | None = None
     not_in: tuple[str, ...] = ()
 
@@ -72,6 +78,10 @@ def expectations() -> Iterator[tuple[Path, str]]:
             if case.anthropic["max_tokens"]:  # warming cannot be streamed
                 yield path.with_name("anthropic.sse"), _streamed(ANTHROPIC, case, case.anthropic, ANTHROPIC_IDENTITY)
             yield path.with_name("anthropic.http"), _whole(ANTHROPIC, case, case.anthropic, ANTHROPIC_IDENTITY)
+        if case.gemini is not None:
+            yield path.with_name("gemini.sse"), _gemini_streamed(case, case.gemini, "events")
+            yield path.with_name("gemini.array"), _gemini_streamed(case, case.gemini, "array")
+            yield path.with_name("gemini.http"), _whole(GEMINI, case, case.gemini, GEMINI_IDENTITY)
     for path in sorted((HERE / "conversations").glob("*.json")):
         conversation = msgspec.json.decode(path.read_bytes())
         name, body = next(iter(conversation["bodies"].items()))
@@ -102,6 +112,14 @@ def _streamed(dialect: ChatDialect, case: AnswerInput, body: dict[str, Any], ide
     renderer = dialect.renderer(parsed, identity)
     frames = [frame for event in case.events for frame in renderer.feed(event)]
     return "".join(encoded(frame).decode() for frame in frames)
+
+
+def _gemini_streamed(case: AnswerInput, body: dict[str, Any], shape: AnswerShape) -> str:
+    """The model is in the path there and the way of streaming in the query."""
+    parsed = GEMINI.parse_generate(body["model"], shape, msgspec.json.encode(body))
+    renderer = GEMINI.renderer(parsed, GEMINI_IDENTITY)
+    frames = [frame for event in case.events for frame in renderer.feed(event)]
+    return "".join((frame.data if frame.is_raw else encoded(frame)).decode() for frame in frames)
 
 
 def _whole(dialect: ChatDialect, case: AnswerInput, body: dict[str, Any], identity: Identity) -> str:
