@@ -125,11 +125,16 @@ class _CallIds:
 
     def __init__(self) -> None:
         self._n_calls = 0
+        self._known: set[str] = set()
         self._open: list[tuple[str, str]] = []  # name and id of calls without a response so far
 
     def called(self, name: str, given: str | None) -> str:
-        call_id = given or f"{name}:{self._n_calls}"
+        number = self._n_calls
+        while not given and f"{name}:{number}" in self._known:  # the client has given it to another call
+            number += 1
+        call_id = given or f"{name}:{number}"
         self._n_calls += 1
+        self._known.add(call_id)
         self._open.append((name, call_id))
         return call_id
 
@@ -202,7 +207,9 @@ def _part(part: GeminiPart, path: str) -> Part:
 def _document(blob: GeminiBlob, path: str) -> DocumentPart:
     media_type = _required(blob.mime_type, f"{path}.mimeType")
     _refuse_media(media_type, f"{path}.mimeType")
-    text = "".join(_required(blob.data, f"{path}.data").split()).rstrip("=")
+    if blob.data is None:
+        raise invalid(f"{path}.data", "is required")
+    text = "".join(blob.data.split()).rstrip("=")
     try:
         padded = text.translate(_STANDARD_BASE64) + "=" * (-len(text) % 4)
         data = binascii.a2b_base64(padded, strict_mode=True)

@@ -106,6 +106,6 @@ def _first(token: str) -> int:
         first = int(place)
     except ValueError as exc:
         raise invalid("pageToken", "is not one of this list") from exc
-    if _token(first) != token:
+    if first < 0 or _token(first) != token:
         raise invalid("pageToken", "is not one of this list")
     return first

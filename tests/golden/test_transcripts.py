@@ -14,7 +14,7 @@ from anthropic import Anthropic
 from anthropic.types import Message
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.gemini_sdks import genai, glm, rest_streaming
+from tests.gemini_sdks import genai, glm, google_client, rest_streaming
 from tests.golden.transcripts import ALL, HERE, expectations, neutral
 
 OPENAI_SHAPED = ("kimi", "minimax", "openai")
@@ -113,9 +113,7 @@ def test_anthropic_sdk_folds_the_stream_to_the_whole_answer(path: Path) -> None:
 def gemini_streamed(path: Path) -> list[genai.types.GenerateContentResponse]:
     """What google-genai reads from an event stream."""
     sse = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=path.read_bytes())
-    with httpx2.Client(transport=httpx2.MockTransport(lambda _: sse)) as http:
-        options = genai.types.HttpOptions(base_url="http://127.0.0.1", httpx_client=http)
-        client = genai.Client(api_key="k", http_options=options)
+    with google_client(lambda _: sse) as client:
         return list(client.models.generate_content_stream(model="m", contents="q"))
 
 
