@@ -14,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -36,9 +37,13 @@ from keepwarm.gateway.auth import Auth, DevAuth, KeyAuth
 from keepwarm.gateway.breakpoints import Breakpoints
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.documents import Documents
+from keepwarm.gateway.file_disk import FileDisk
+from keepwarm.gateway.file_rows import FileRows
+from keepwarm.gateway.files import Files
 from keepwarm.gateway.history import History
 from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.reading import Reading
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.settling import Settling
@@ -134,7 +139,11 @@ async def gateway(
     prompts = await _warm_prompts(config, auth)
     is_durable = await asyncio.to_thread(config.disk_bytes) != 0  # once: what is free on the disk changes
     templating = model.templating
-    rendering = Rendering(templating, model.to_gbnf, config.limits, Documents(config.limits))
+    reading = Reading(config.limits)
+    disk = FileDisk(Path(config.data_dir) / "files")
+    files = Files(config.limits, disk, FileRows(storage), reading, clock, ids, log)
+    await files.recover()
+    rendering = Rendering(templating, model.to_gbnf, config.limits, Documents(config.limits, reading, files))
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, ids, log, tasks)
@@ -149,7 +158,9 @@ async def gateway(
             history = History(templating.decode)
             lookups = Lookups(config.cache, models, breakpoints, history, template=templating.digest)
             turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, runtime)
-            services = Services(config, auth, models, turns, caching, lookups, model.engine, runtime, int(clock.now()))
+            services = Services(
+                config, auth, models, turns, caching, lookups, files, model.engine, runtime, int(clock.now())
+            )
             await warming.recover()
             background = [
                 tasks.create_task(warming.work()),
@@ -158,6 +169,8 @@ async def gateway(
                 tasks.create_task(warming.tick_forever()),
                 tasks.create_task(settling.work()),
                 tasks.create_task(warmup.work()),
+                tasks.create_task(files.work()),
+                tasks.create_task(files.tick_forever()),
             ]
             try:
                 yield Gateway(application(services), turns, warming, settling)

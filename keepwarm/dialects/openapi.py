@@ -34,7 +34,7 @@ class Route(Struct, frozen=True):
     `events` is the type of one server-sent event, where the route can stream. `errors` is the type of error bodies.
     """
 
-    method: Literal["GET", "POST", "PUT", "DELETE"]
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     path: str
     summary: str
     request: Any = None

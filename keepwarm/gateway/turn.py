@@ -166,16 +166,24 @@ class Turns:
         """Places taken: running and queued turns."""
         return self._admission.n_turns
 
-    async def count_tokens(self, tenant: str, request: ChatRequest, phases: Phases) -> int:
-        """Length in tokens of the prompt such a request has. Raises ApiError as a turn would before it runs."""
+    async def count_tokens(self, tenant: str, request: ChatRequest, phases: Phases) -> tuple[int, int]:
+        """Length in tokens of the prompt such a request has, and of the cache object in it (0: none).
+
+        Raises ApiError as a turn would before it runs.
+        """
         turn = Turn("", tenant, request, phases, events_max=1, dialect="", began_at=self._clock.now())
         with self._admission.enter(tenant):
             request = await self._prepared(turn)
             with phases.measure("render"):
                 built = await self._rendering.build(
-                    tenant, request.messages, request.tools, request.tool_choice, object_tokens=None
+                    tenant,
+                    request.messages,
+                    request.tools,
+                    request.tool_choice,
+                    object_tokens=None,
+                    thinking=request.thinking,
                 )
-        return built.prompt.n_tokens
+        return built.prompt.n_tokens, turn.object.n_tokens if turn.object is not None else 0
 
     async def _run(self, turn: Turn) -> None:
         """The turn's task: the story, and its one terminal event however it ends."""

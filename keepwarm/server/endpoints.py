@@ -17,20 +17,21 @@ from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import Page
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Finished
-from keepwarm.dialects import CacheReport, ChatDialect, Identity, Renderer
+from keepwarm.dialects import CacheReport, ChatDialect, Identity, Parsed, Renderer
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
 from keepwarm.dialects.kimi import KimiChat
 from keepwarm.engine import Engine, EngineState, EngineStatus, StoreStatus
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
+from keepwarm.gateway.files import Files
 from keepwarm.gateway.history import RECORDS_MAX
 from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.turn import Turn, Turns
 from keepwarm.gateway.window import served_model
-from keepwarm.server.exchange import KEEPALIVE, Exchange, Headers, encoded
+from keepwarm.server.exchange import EVENT_STREAM_TYPE, KEEPALIVE, Exchange, Headers, encoded
 
 QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
 CACHE_HEADER = "x-keepwarm-cache"  # on every answer of a turn
@@ -58,6 +59,7 @@ class Services:
     turns: Turns
     caching: Caching
     lookups: Lookups
+    files: Files
     engine: RestartableEngine
     runtime: Runtime
     created_at: int  # unix seconds; what the models list gives as the models' time of creation
@@ -80,10 +82,14 @@ class ChatCalls:
 
     async def chat(self, exchange: Exchange) -> None:
         """POST /chat/completions, POST /messages."""
-        services = self._services
         body = await exchange.body()
         with exchange.phases.measure("parse"):
             parsed = self._dialect.parse_chat(exchange.headers, body)
+        await self.answer(exchange, parsed)
+
+    async def answer(self, exchange: Exchange, parsed: Parsed, stream_type: str = EVENT_STREAM_TYPE) -> None:
+        """Run the turn of a parsed request; a stream goes out as `stream_type`."""
+        services = self._services
         exchange.log_fields["model"] = parsed.request.model
         identity = Identity(exchange.turn_id, int(services.runtime.clock.now()))
         renderer = self._dialect.renderer(parsed, identity)
@@ -95,18 +101,18 @@ class ChatCalls:
         ):
             try:
                 if parsed.stream:
-                    await self._stream(exchange, turn, renderer)
+                    await self._stream(exchange, turn, renderer, stream_type)
                 else:
                     await self._whole(exchange, turn, renderer)
             finally:
                 _log_outcome(exchange, turn)
 
-    async def _stream(self, exchange: Exchange, turn: Turn, renderer: Renderer) -> None:
+    async def _stream(self, exchange: Exchange, turn: Turn, renderer: Renderer, stream_type: str) -> None:
         """Frames as they come, one write for all that are there; headers go out when the turn has started."""
         silence_s = self._services.config.limits.sse_comment_s
         keepalive = KEEPALIVE if self._dialect.keepalive is None else encoded(self._dialect.keepalive)
         await turn.stream.begin()
-        await exchange.begin_events(self._cache_headers(turn))
+        await exchange.begin_events(self._cache_headers(turn), stream_type)
         more = True
         while more:
             events = await turn.stream.batch(silence_s)
@@ -114,7 +120,7 @@ class ChatCalls:
                 b"".join(encoded(frame) for event in events for frame in renderer.feed(event)) if events else keepalive
             )
             more = not turn.stream.is_read
-            if not more and exchange.headers.get(TIMINGS_HEADER) == "1":
+            if not more and exchange.headers.get(TIMINGS_HEADER) == "1" and stream_type == EVENT_STREAM_TYPE:
                 data += b": keepwarm-timings " + _timings(turn) + b"\n\n"
             if data:
                 await exchange.write_events(data, more=more)
@@ -166,7 +172,7 @@ class MessagesCalls(ChatCalls):
     async def count_tokens(self, exchange: Exchange) -> None:
         """POST /messages/count_tokens."""
         request = self._messages.parse_count(exchange.headers, await exchange.body())
-        n_tokens = await self._services.turns.count_tokens(exchange.tenant, request, exchange.phases)
+        n_tokens, _ = await self._services.turns.count_tokens(exchange.tenant, request, exchange.phases)
         await exchange.reply(self._messages.render_token_count(n_tokens))
 
 
@@ -180,7 +186,7 @@ class EstimateCalls:
     async def estimate(self, exchange: Exchange) -> None:
         """POST /tokenizers/estimate-token-count."""
         parsed = self._dialect.parse_chat(exchange.headers, await exchange.body())
-        n_tokens = await self._services.turns.count_tokens(exchange.tenant, parsed.request, exchange.phases)
+        n_tokens, _ = await self._services.turns.count_tokens(exchange.tenant, parsed.request, exchange.phases)
         await exchange.reply(self._dialect.render_token_estimate(n_tokens))
 
 
@@ -201,7 +207,7 @@ class CachingCalls:
 
     async def list(self, exchange: Exchange) -> None:
         """GET /caching."""
-        page = self._dialect.parse_list(_query(exchange))
+        page = self._dialect.parse_list(query(exchange))
         found = await self._caching.list(exchange.tenant, _one_more(page))
         shown = _shown(found, page)
         await exchange.reply(self._dialect.render_list(shown, self._clock.now(), has_more=len(found) > page.limit))
@@ -230,7 +236,7 @@ class CachingCalls:
 
     async def tags(self, exchange: Exchange) -> None:
         """GET /caching/refs/tags."""
-        page = self._dialect.parse_list(_query(exchange))
+        page = self._dialect.parse_list(query(exchange))
         found = await self._caching.tags(exchange.tenant, _one_more(page))
         await exchange.reply(self._dialect.render_tags(_shown(found, page), has_more=len(found) > page.limit))
 
@@ -350,7 +356,7 @@ def _timings(turn: Turn) -> bytes:
     return msgspec.json.encode(timings)
 
 
-def _query(exchange: Exchange) -> list[tuple[str, str]]:
+def query(exchange: Exchange) -> list[tuple[str, str]]:
     """Raises ApiError(INVALID_REQUEST)."""
     try:
         return parse_qsl(

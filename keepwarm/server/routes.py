@@ -4,13 +4,17 @@
     /openai/v1                               OpenAI's dialect alone
     /anthropic/v1, /minimax/anthropic/v1     Anthropic's
     /minimax/v1                              MiniMax's, in OpenAI's shape
+    /v1beta, /gemini/v1beta, /gemini/v1      Gemini's; in /v1, too, where no other dialect has the path
+    /upload/v1beta, /upload/v1               its uploads, and the same below /gemini
     /                                        health, the operator's calls, the OpenAPI document and its page
 
 A path belongs to the dialect of its mount, also when there is no such route: every error is in that dialect's words. Where
-two dialects meet at one path (/v1/models) the header `anthropic-version` tells them apart.
+dialects meet at one path (/v1/models, /v1/files) an API key in Google's form or the header `anthropic-version` tells them
+apart.
 """
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -42,6 +46,8 @@ from keepwarm.dialects.caching import (
     TagReply,
     TagRequest,
 )
+from keepwarm.dialects.gemini import GeminiContent
+from keepwarm.dialects.gemini_error import missing_key
 from keepwarm.dialects.kimi import (
     CACHE_HEADER,
     DRY_RUN_HEADER,
@@ -50,6 +56,7 @@ from keepwarm.dialects.kimi import (
     KimiChatCompletionRequest,
     TokenEstimateReply,
 )
+from keepwarm.dialects.kimi_files import KimiFiles
 from keepwarm.dialects.minimax import MiniMaxChat, MiniMaxChatCompletionRequest
 from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
@@ -73,7 +80,13 @@ from keepwarm.server.endpoints import (
     StoreReply,
 )
 from keepwarm.server.exchange import Exchange
+from keepwarm.server.gemini import GeminiEntries
 from keepwarm.server.page import render_page
+from keepwarm.server.uploads import (
+    KimiFileCalls,
+    google_key,
+    kimi_file_entries,
+)
 from keepwarm.telemetry import where
 
 KIMI_MOUNTS = ("/v1", "/moonshot/v1")
@@ -81,6 +94,9 @@ OPENAI_MOUNT = "/openai/v1"
 ANTHROPIC_MOUNTS = ("/anthropic/v1", "/minimax/anthropic/v1")
 MINIMAX_MOUNT = "/minimax/v1"
 VERSION_HEADER = b"anthropic-version"
+GEMINI_ROOTS = ("", "/gemini")
+GEMINI_VERSIONS = ("/v1beta", "/v1")
+GOOGLE_KEY_HEADER, GOOGLE_KEY_FIELD = b"x-goog-api-key", re.compile(rb"(?:^|&)key=")
 TITLE = "Keepwarm"
 DESCRIPTION = (
     "An LLM API server whose main feature is context caching. Kimi's calls under /v1 are also under /moonshot/v1, Anthropic's "
@@ -115,10 +131,16 @@ def application(services: Services) -> Starlette:
     """The ASGI application that serves `services`."""
     bounds = msgspec.convert(services.config.limits, WireBounds, from_attributes=True)
     kimi, openai, minimax = KimiChat(bounds), OpenAIChat(bounds), MiniMaxChat(bounds)
-    anthropic = AnthropicMessages(bounds)
-    kimi_entries = [*chat_entries(services, kimi), *kimi_only_entries(services, kimi, KimiCaching(bounds))]
+    anthropic, gemini = AnthropicMessages(bounds), GeminiContent(bounds)
+    kimi_files = KimiFileCalls(services.files, KimiFiles(), services.config.limits)
+    kimi_entries = [
+        *chat_entries(services, kimi),
+        *kimi_only_entries(services, kimi, KimiCaching(bounds)),
+        *kimi_file_entries(kimi_files),
+    ]
     openai_entries, minimax_entries = chat_entries(services, openai), chat_entries(services, minimax)
     messages_entries, models_entries = messages_entries_of(services, anthropic)
+    gemini_entries = GeminiEntries(services, gemini, bounds)
     operator_entries = operator_entries_of(services)
     documents = Documents(
         [
@@ -126,13 +148,17 @@ def application(services: Services) -> Starlette:
             *(_under(OPENAI_MOUNT, route) for route, _ in openai_entries),
             *(_under(ANTHROPIC_MOUNTS[0], route) for route, _ in (*messages_entries, *models_entries)),
             *(_under(MINIMAX_MOUNT, route) for route, _ in minimax_entries),
+            *(_under("/v1beta", route) for route, _ in gemini_entries.all),
+            *(_under("/upload/v1beta", route) for route, _ in gemini_entries.uploads),
             *(route for route, _ in operator_entries),
         ]
     )
-    root = [
-        *_shared(_paths(services, kimi, kimi_entries), _paths(services, anthropic, models_entries)),
-        *_paths(services, anthropic, messages_entries),
-    ]
+    root = _shared(
+        _paths(services, kimi, kimi_entries),
+        anthropic=_paths(services, anthropic, models_entries),
+        gemini=_paths(services, gemini, gemini_entries.all),
+    )
+    root = [*_paths(services, anthropic, messages_entries), *root]
     routes: list[BaseRoute] = [
         Mount(KIMI_MOUNTS[0], _router(services, kimi, root)),
         Mount(KIMI_MOUNTS[1], _router(services, kimi, _paths(services, kimi, kimi_entries))),
@@ -142,11 +168,25 @@ def application(services: Services) -> Starlette:
     for mount in ANTHROPIC_MOUNTS:
         paths = _paths(services, anthropic, [*messages_entries, *models_entries])
         routes.append(Mount(mount, _router(services, anthropic, paths)))
+    routes.extend(_gemini_routes(services, gemini, gemini_entries))
     routes.extend(_paths(services, kimi, [*operator_entries, *documents.entries()]))
     app = Starlette(routes=routes)
     app.router.redirect_slashes = False
     app.router.default = PathCalls(services, kimi, None, {})
     return app
+
+
+def _gemini_routes(services: Services, dialect: GeminiContent, entries: GeminiEntries) -> list[BaseRoute]:
+    """Every mount of Gemini's but /v1, which it shares."""
+    routes: list[BaseRoute] = []
+    for root in GEMINI_ROOTS:
+        for version in GEMINI_VERSIONS:
+            uploads = _paths(services, dialect, entries.uploads)
+            routes.append(Mount(f"{root}/upload{version}", _router(services, dialect, uploads)))
+            if root + version not in KIMI_MOUNTS:
+                routes.append(Mount(root + version, _router(services, dialect, _paths(services, dialect, entries.all))))
+        routes.extend(_paths(services, dialect, [(_under(root, route), call) for route, call in entries.discovery]))
+    return routes
 
 
 def chat_entries(services: Services, dialect: KimiChat | OpenAIChat | MiniMaxChat) -> list[Entry]:
@@ -290,10 +330,10 @@ def _under(mount: str, route: Route) -> Route:
     return msgspec.structs.replace(route, path=mount + route.path)
 
 
-def credentials(headers: Mapping[str, str]) -> str | None:
-    """The Authorization header's value, or what Anthropic's clients of before 2026 send in its place."""
-    key = headers.get("x-api-key")
-    return headers.get("authorization") or (None if key is None else f"Bearer {key}")
+def credentials(exchange: Exchange) -> str | None:
+    """The Authorization header's value, or what clients of Anthropic's and Google's send in its place."""
+    key = exchange.headers.get("x-api-key") or google_key(exchange)
+    return exchange.headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +401,10 @@ class PathCalls:
             raise ApiError(ErrorKind.METHOD_NOT_ALLOWED, message)
         if operation.needs_key:
             with exchange.phases.measure("auth"):
-                principal = await self._services.auth.principal(credentials(exchange.headers))
+                given = credentials(exchange)
+                if given is None and isinstance(self._dialect, GeminiContent):
+                    raise missing_key()
+                principal = await self._services.auth.principal(given)
             exchange.tenant = principal.tenant
         await operation.call(exchange)
 
@@ -380,24 +423,37 @@ class PathCalls:
         )
 
 
-class ByVersionHeader:
-    """An ASGI application for a path that two dialects have: Anthropic's clients name a version, others do not."""
+class ByClient:
+    """An ASGI application for a path that several dialects have: Google's clients send their key in a form of their own,
+    Anthropic's name a version, others do neither.
+    """
 
-    def __init__(self, anthropic: ASGIApp, other: ASGIApp) -> None:
-        self._anthropic, self._other = anthropic, other
+    def __init__(self, other: ASGIApp, *, anthropic: ASGIApp | None, gemini: ASGIApp | None) -> None:
+        self._other, self._anthropic, self._gemini = other, anthropic, gemini
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_anthropic = scope["type"] == "http" and any(name == VERSION_HEADER for name, _ in scope["headers"])
-        await (self._anthropic if is_anthropic else self._other)(scope, receive, send)
+        names = {name for name, _ in scope["headers"]} if scope["type"] == "http" else set()
+        if self._gemini is not None and (GOOGLE_KEY_HEADER in names or GOOGLE_KEY_FIELD.search(scope["query_string"])):
+            await self._gemini(scope, receive, send)
+        elif self._anthropic is not None and VERSION_HEADER in names:
+            await self._anthropic(scope, receive, send)
+        else:
+            await self._other(scope, receive, send)
 
 
-def _shared(others: Sequence[Path], anthropic: Sequence[Path]) -> list[Path]:
-    """`others`, and at the paths that both have the two told apart by their header."""
-    theirs = {route.path: route.endpoint for route in anthropic}
-    return [
-        Path(route.path, ByVersionHeader(theirs[route.path], route.endpoint)) if route.path in theirs else route
+def _shared(others: Sequence[Path], *, anthropic: Sequence[Path], gemini: Sequence[Path]) -> list[Path]:
+    """All paths; where `others` have one that the two have as well, the client decides."""
+    claims = {route.path: route.endpoint for route in anthropic}
+    googles = {route.path: route.endpoint for route in gemini}
+    mine = {route.path for route in others}
+    told_apart = [
+        Path(
+            route.path,
+            ByClient(route.endpoint, anthropic=claims.get(route.path), gemini=googles.get(route.path)),
+        )
         for route in others
     ]
+    return [*(route for route in gemini if route.path not in mine), *told_apart]
 
 
 def _router(services: Services, dialect: ModelDialect, paths: Sequence[BaseRoute]) -> Router:
