@@ -53,7 +53,8 @@ class StoredFile(Struct, frozen=True):
 class NewFile(Struct, frozen=True):
     """What a client says of a file before it sends it; None where it says nothing. `ttl_s` None: kept until deleted.
 
-    `n_bytes` is a promise: an upload that ends with another number of bytes is refused.
+    `n_bytes` is a promise: an upload that ends with another number of bytes is refused. Without an `id` it gets one that
+    begins with `id_prefix`.
     """
 
     dialect: str
@@ -62,6 +63,7 @@ class NewFile(Struct, frozen=True):
     n_bytes: int | None = None
     id: str | None = None
     ttl_s: float | None = None
+    id_prefix: str = ""
 
 
 def unknown_file(file_id: str, param: str | None = None) -> ApiError:

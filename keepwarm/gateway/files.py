@@ -182,7 +182,7 @@ class Files:
     def _file(self, upload: Upload) -> StoredFile:
         now, new = self._clock.now(), upload.new
         return StoredFile(
-            id=new.id or self._ids.new("file-"),
+            id=new.id or self._ids.new(new.id_prefix),
             tenant=upload.tenant,
             dialect=new.dialect,
             key=upload.key,

@@ -5,7 +5,7 @@ the last frame of the stream.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from starlette.types import Message, Receive, Scope, Send
 
@@ -17,6 +17,7 @@ from keepwarm.gateway.phases import Phases
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream; charset=utf-8"
 KEEPALIVE = b": keepalive\n\n"  # a comment: clients skip it, proxies see a live connection
+PACE_BYTES = 1 << 20  # of an upload, within `body_read_s_max`: 17 kB/s, as slow as a modem
 
 Headers = Sequence[tuple[str, str]]
 CLOSE: Headers = (("connection", "close"),)  # the rest of the request is not going to be read
@@ -31,9 +32,12 @@ class Exchange:
         "_send",
         "headers",
         "log_fields",
+        "method",
+        "path",
         "path_params",
         "phases",
         "query_string",
+        "scheme",
         "status",
         "tenant",
         "turn_id",
@@ -48,6 +52,9 @@ class Exchange:
         self.turn_id = turn_id
         self.phases = phases
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.method: str = scope["method"]
+        self.scheme: str = scope["scheme"]
+        self.path: str = scope["path"]  # with the mount's
         self.path_params: dict[str, str] = scope.get("path_params", {})
         self.query_string: bytes = scope["query_string"]
         self.tenant = ""
@@ -57,18 +64,14 @@ class Exchange:
     async def body(self) -> bytes:
         """The whole request body. Raises ApiError: BODY_TOO_LARGE, TIMEOUT, CLIENT_CLOSED."""
         limits = self._limits
-        announced = self.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limits.body_bytes_max:
-            raise _too_large(int(announced), limits.body_bytes_max)
+        self._check_announced(limits.body_bytes_max)
         chunks: list[bytes] = []
         n_bytes = 0
         try:
             async with asyncio.timeout(limits.body_read_s_max):
                 while True:
                     message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
-                    chunks.append(message.get("body", b""))
+                    chunks.append(_body_of(message))
                     n_bytes += len(chunks[-1])
                     if n_bytes > limits.body_bytes_max:
                         raise _too_large(n_bytes, limits.body_bytes_max)
@@ -77,6 +80,38 @@ class Exchange:
         except TimeoutError as exc:
             message_text = f"the request body did not arrive within {limits.body_read_s_max:g} s"
             raise ApiError(ErrorKind.TIMEOUT, message_text) from exc
+
+    async def pieces(self, bytes_max: int) -> AsyncGenerator[bytes, None]:
+        """The request body as it arrives; nothing is read ahead of who takes it.
+
+        Its time is bounded as a whole body's is, for every `PACE_BYTES` of it: so long the client may take to send them,
+        not counting what is done with them here. Raises ApiError: BODY_TOO_LARGE, TIMEOUT, CLIENT_CLOSED.
+        """
+        self._check_announced(bytes_max)
+        loop = asyncio.get_running_loop()
+        left_s, n_paced, n_bytes = self._limits.body_read_s_max, 0, 0
+        more = True
+        while more:
+            began = loop.time()
+            try:
+                async with asyncio.timeout(left_s):
+                    message = await self._receive()
+            except TimeoutError as exc:
+                pace = (
+                    f"{PACE_BYTES:,} bytes of the request body did not arrive within {self._limits.body_read_s_max:g} s"
+                )
+                raise ApiError(ErrorKind.TIMEOUT, pace) from exc
+            piece = _body_of(message)
+            more = message.get("more_body", False)
+            left_s -= loop.time() - began
+            n_bytes += len(piece)
+            n_paced += len(piece)
+            if n_bytes > bytes_max:
+                raise _too_large(n_bytes, bytes_max)
+            if n_paced >= PACE_BYTES:
+                left_s, n_paced = self._limits.body_read_s_max, 0
+            if piece:
+                yield piece
 
     async def disconnected(self) -> None:
         """Returns when the client has gone away. Only after `body`."""
@@ -93,13 +128,18 @@ class Exchange:
     async def reply_error(self, reply: ErrorReply, headers: Headers = ()) -> None:
         await self.reply(reply.body, status=reply.status, headers=[*reply.headers, *headers])
 
-    async def begin_events(self, headers: Headers = ()) -> None:
-        """Begin an event stream. `x-accel-buffering` keeps nginx from collecting it."""
-        fixed = (("content-type", EVENT_STREAM_TYPE), ("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+    async def begin_events(self, headers: Headers = (), content_type: str = EVENT_STREAM_TYPE) -> None:
+        """Begin a stream, of events unless another type is said. `x-accel-buffering` keeps nginx from collecting it."""
+        fixed = (("content-type", content_type), ("cache-control", "no-cache"), ("x-accel-buffering", "no"))
         await self._begin(200, [*fixed, *headers])
 
     async def write_events(self, data: bytes, *, more: bool) -> None:
         await self._write(data, more=more)
+
+    def _check_announced(self, bytes_max: int) -> None:
+        announced = self.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > bytes_max:
+            raise _too_large(int(announced), bytes_max)
 
     async def _begin(self, status: int, headers: Iterable[tuple[str, str]]) -> None:
         assert self.status is None, "a response has begun already"
@@ -122,8 +162,18 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 
+def _body_of(message: Message) -> bytes:
+    """Raises ApiError(CLIENT_CLOSED)."""
+    if message["type"] == "http.disconnect":
+        raise ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+    body: bytes = message.get("body", b"")
+    return body
+
+
 def encoded(frame: Frame) -> bytes:
     """A frame as it stands in an event stream. Frames are one line: JSON text has no bare line breaks."""
+    if frame.is_raw:
+        return frame.data
     if frame.name is None:
         return b"data: " + frame.data + b"\n\n"
     return b"event: " + frame.name.encode() + b"\ndata: " + frame.data + b"\n\n"
