@@ -167,13 +167,6 @@ class GeminiCaching:
         return b"{}"
 
 
-def content_id(name: str) -> str:
-    """The object's id in a request's `cachedContent`. Raises ApiError(INVALID_REQUEST) for what is no such name."""
-    if not name.startswith(NAME_PREFIX) or name == NAME_PREFIX:
-        raise invalid("cachedContent", f"{quoted(name)} is not a name such as '{NAME_PREFIX}abc'")
-    return name.removeprefix(NAME_PREFIX)
-
-
 def _expiration(ttl: str | None, expire_time: str | None) -> tuple[int | None, int | None, int]:
     """(expires_at, ttl_s, early_ns), of which the first two are None where there is neither."""
     if ttl is not None and expire_time is not None:

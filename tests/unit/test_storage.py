@@ -19,7 +19,16 @@ from alembic.migration import MigrationContext
 
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Mark, Message, TextPart, ToolCall
-from keepwarm.storage import METADATA, MIGRATIONS, Storage, StorageError, api_keys, cache_objects, database_path
+from keepwarm.storage import (
+    METADATA,
+    MIGRATIONS,
+    Storage,
+    StorageError,
+    api_keys,
+    cache_objects,
+    cache_tags,
+    database_path,
+)
 
 WRITER = Path(__file__).parent / "storage_writer.py"
 
@@ -126,6 +135,23 @@ def test_marks_in_stored_messages_become_objects(path: Path) -> None:
         Message("user", (TextPart("c"),), tool_calls=(ToolCall("1", "f", "{}"),)),
     )
     assert kept[1] == b"[]"
+
+
+def test_objects_that_were_there_before_are_kimis(path: Path) -> None:
+    _at_revision(path, "r0002")
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO cache_objects (id, tenant, model, status, generation, created_at, expires_at, n_tokens, name,"
+            " description, tools, messages) VALUES ('c', 't', 'm', 'ready', 1, 1, 9, 5, 'n', '', '[]', '[]')"
+        )
+        connection.execute("INSERT INTO cache_tags (tenant, tag, object_id, created_at) VALUES ('t', 'x', 'c', 1)")
+    connection.close()
+    storage = Storage.open(path, busy_s=1.0)
+    columns = cache_objects.c
+    found = sa.select(columns.id, columns.dialect, columns.tool_choice, columns.early_ns, columns.updated_at)
+    assert storage.run_sync(lambda connection: connection.execute(found).all()) == [("c", "kimi", None, 0, None)]
+    assert storage.run_sync(lambda connection: connection.execute(sa.select(cache_tags.c.tag)).scalars().all()) == ["x"]
+    storage.close()
 
 
 def test_migrating_is_all_or_nothing(path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import sqlalchemy as sa
 
 from keepwarm.cache.objects import Objects, after
-from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag
+from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall
+from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from keepwarm.storage import Storage, cache_objects, cache_tags, database_path
 
 ALICE, BOB = "alice", "bob"
@@ -58,6 +58,10 @@ async def test_an_object_comes_back_as_it_was_stored(objects: Objects) -> None:
         metadata=(("b", "2"), ("a", "'\"\\\x00")),
         error="e",
         generation=7,
+        dialect="gemini",
+        tool_choice=ToolChoice(ToolMode.NAMED, "CodeRunner"),
+        early_ns=999_999_999,
+        updated_at=150,
     )
     bare = msgspec.structs.replace(an_object("cache-2"), messages=(), tools=(), metadata=())
     await objects.insert(full)
@@ -251,3 +255,87 @@ async def test_the_operator_sees_everyones(objects: Objects) -> None:
     assert [obj.id for obj in await objects.everyones(ALICE)] == ["a"]
     assert await objects.find("b") == an_object("b", BOB, created_at=1)
     assert await objects.find("c") is None
+
+
+def a_content(object_id: str, tenant: str = ALICE, **values: int) -> CacheObject:
+    return msgspec.structs.replace(an_object(object_id, tenant, **values), dialect="gemini")
+
+
+async def test_another_dialects_object_is_not_there_for_who_names_one(objects: Objects) -> None:
+    kimi, gemini = an_object("k"), a_content("g")
+    await objects.insert(kimi, ("t",))
+    await objects.insert(gemini)
+    assert await objects.get(ALICE, "g", "kimi") is None
+    assert await objects.get(ALICE, "k", "gemini") is None
+    assert await objects.by_tag(ALICE, "t", "gemini") is None
+    assert await objects.list(ALICE, Page(), "kimi") == [kimi]
+    assert [obj.id for obj in await objects.walk(ALICE, "gemini", Walk(9), 0)] == ["g"]
+    assert await objects.update(ALICE, "g", now=1, expires_at=5, dialect="kimi") is None
+    assert await objects.renew(ALICE, "g", now=1, expires_at=5, dialect="kimi") is None
+    assert await objects.delete(ALICE, "g", "kimi") is False
+    for call in (
+        objects.bind(Tag("u", ALICE, "g", 1), "kimi"),
+        objects.list(ALICE, Page(after="g"), "kimi"),
+    ):
+        with pytest.raises(ApiError):
+            await call
+    assert await objects.get(ALICE, "g", "gemini") == await objects.get(ALICE, "g") == gemini
+    assert await objects.by_tag(ALICE, "t", "kimi") == kimi
+    assert await objects.usage(ALICE, 0) == (2, 20), "but both count"
+    assert await objects.live_ids(0) == {"k", "g"}
+
+
+async def test_a_walk_goes_on_from_a_place_and_without_contents(objects: Objects) -> None:
+    for at, object_id in enumerate("cabedf"):
+        await objects.insert(a_content(object_id, created_at=100 + at // 3))  # three share a second
+    await objects.insert(a_content("x", BOB))
+
+    async def walked(limit: int, after: tuple[int, str] | None = None, now: float = 0) -> str:
+        return "".join(obj.id for obj in await objects.walk(ALICE, "gemini", Walk(limit, after), now))
+
+    assert await walked(9) == "fedcba"
+    assert await walked(2, (101, "e")) == "dc"
+    assert await objects.delete(ALICE, "d")
+    assert await walked(2, (101, "d")) == "cb", "the place stays though the object is gone"
+    assert await walked(2, (100, "a")) == ""
+    assert await walked(9, now=1000) == ""
+    (light,) = await objects.walk(ALICE, "gemini", Walk(1), 0)
+    assert light == msgspec.structs.replace(a_content("f", created_at=101), messages=(), tools=())
+
+
+async def test_a_walk_ends_each_lifetime_to_the_nanosecond(objects: Objects) -> None:
+    await objects.insert(msgspec.structs.replace(a_content("a", expires_at=1000), early_ns=250_000_000))
+    await objects.insert(a_content("b", expires_at=1000))
+    for now, ids in ((999.7, ["b", "a"]), (999.75, ["b"]), (999.99, ["b"]), (1000, [])):
+        assert [obj.id for obj in await objects.walk(ALICE, "gemini", Walk(9), now)] == ids
+        found = await objects.get(ALICE, "a")
+        assert found is not None
+        assert found.is_over(now) == ("a" not in ids)
+        assert (found.effective_status(now) is ObjectStatus.INACTIVE) == ("a" not in ids)
+
+
+async def test_a_dialect_that_forgets_keeps_no_object_whose_time_is_over(objects: Objects) -> None:
+    for object_id, cause in (("p", None), ("r", Cause.COMPUTED), ("e", Cause.FAILED)):
+        await objects.insert(a_content(object_id, expires_at=30))
+        await objects.insert(an_object(f"k{object_id}", expires_at=30))
+        if cause is not None:
+            await objects.settle(object_id, 0, cause)
+            await objects.settle(f"k{object_id}", 0, cause)
+    assert await objects.expire(29.9, 9) == []
+    assert await objects.expire(30, 9) == ["p", "kp", "r", "kr", "e"]
+    assert await objects.expire(30, 9) == []
+    assert {obj.id: obj.status for obj in await objects.everyones()} == {
+        "kp": ObjectStatus.INACTIVE,
+        "kr": ObjectStatus.INACTIVE,
+        "ke": ObjectStatus.ERROR,
+    }
+
+
+async def test_a_change_notes_when_and_a_new_end_its_nanoseconds(objects: Objects) -> None:
+    await objects.insert(msgspec.structs.replace(a_content("a"), early_ns=5))
+    renewed = await objects.renew(ALICE, "a", now=200.7, expires_at=2000, early_ns=7, dialect="gemini")
+    assert renewed == msgspec.structs.replace(a_content("a"), expires_at=2000, early_ns=7, updated_at=200)
+    updated = await objects.update(ALICE, "a", now=300, metadata=())
+    assert updated is not None
+    assert (updated.expires_at, updated.early_ns, updated.updated_at) == (2000, 7, 300)
+    assert await objects.get(ALICE, "a") == updated

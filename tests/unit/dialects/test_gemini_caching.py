@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import FilePart, Message, TextPart, Tool, ToolChoice, ToolMode
-from keepwarm.dialects.gemini_caching import GeminiCaching, content_id
+from keepwarm.dialects.gemini_caching import GeminiCaching
 from tests.golden.transcripts import BOUNDS
 
 CACHING = GeminiCaching(BOUNDS)
@@ -240,10 +240,3 @@ def test_what_is_no_token_is_refused(token: str) -> None:
     with pytest.raises(ApiError) as caught:
         CACHING.parse_list([("pageToken", token)])
     assert (caught.value.kind, caught.value.param) == (ErrorKind.INVALID_REQUEST, "pageToken")
-
-
-def test_the_name_of_a_content_is_its_id_with_a_prefix() -> None:
-    assert content_id(f"cachedContents/{ID}") == ID
-    for wrong in ("", "cachedContents/", ID, "files/x"):
-        with pytest.raises(ApiError):
-            content_id(wrong)

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from keepwarm.core.cache_lookup import MissCause
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.request import CacheUse, ChatRequest, Message, TextPart, Tool
+from keepwarm.core.request import CacheUse, ChatRequest, Message, TextPart, Tool, ToolChoice, ToolMode
 from keepwarm.gateway.object_use import ObjectUse, use_object
 
 NOW = 1000.0
@@ -95,3 +95,46 @@ def test_the_header_form_is_never_an_error_and_tells_why_it_runs_without(
     found: CacheObject | None, lost: MissCause
 ) -> None:
     assert use(RESENT, BY_HEADER, found) == ObjectUse(RESENT, lost=lost)
+
+
+CONTENT = replace(OBJECT, dialect="gemini", model="m", tool_choice=ToolChoice(ToolMode.REQUIRED))
+BY_CONTENT = CacheUse(object_id="cache-1", dialect="gemini")
+
+
+@pytest.mark.parametrize("status", [ObjectStatus.READY, ObjectStatus.PENDING, ObjectStatus.ERROR])
+def test_a_cached_content_puts_its_messages_tools_and_choice_in(status: ObjectStatus) -> None:
+    found = replace(CONTENT, status=status)
+    used = use(SHORT, BY_CONTENT, found)
+    assert used == ObjectUse(
+        replace(SHORT, messages=(KNOWLEDGE, QUESTION), tools=(TOOL,), tool_choice=ToolChoice(ToolMode.REQUIRED)),
+        found,
+        status,
+    )
+
+
+def test_a_cached_content_may_be_sent_again_and_is_then_there_twice() -> None:
+    assert use(replace(RESENT, tools=()), BY_CONTENT, CONTENT).request.messages == (KNOWLEDGE, KNOWLEDGE, QUESTION)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        replace(CONTENT, expires_at=1000),
+        replace(CONTENT, expires_at=1001, early_ns=999_999_999 + 1),
+        replace(CONTENT, expires_at=1000, status=ObjectStatus.ERROR),
+    ],
+)
+def test_a_cached_content_whose_time_is_over_looks_like_none(found: CacheObject | None) -> None:
+    with pytest.raises(ApiError, match=r"^CachedContent not found \(or permission denied\)$") as raised:
+        use(SHORT, BY_CONTENT, found)
+    assert raised.value.kind is ErrorKind.UNKNOWN_CACHE
+
+
+def test_a_cached_content_goes_by_the_models_name_alone() -> None:
+    assert use(SHORT, BY_CONTENT, replace(CONTENT, expires_at=1001, early_ns=999_999_999), same_model=False).object
+    with pytest.raises(
+        ApiError, match=r"\(models/m\) and CachedContent \(models/other\) has to be the same\.$"
+    ) as raised:
+        use(SHORT, BY_CONTENT, replace(CONTENT, model="other"))
+    assert raised.value.kind is ErrorKind.INVALID_REQUEST
