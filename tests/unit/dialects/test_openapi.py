@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent
 from keepwarm.dialects.anthropic_error import AnthropicErrorBody
 from keepwarm.dialects.anthropic_request import CountTokensRequest, MessagesRequest
 from keepwarm.dialects.caching import CacheListReply, CacheReply, NewCacheRequest
+from keepwarm.dialects.gemini_answer import GenerateContentReply
+from keepwarm.dialects.gemini_error import GeminiErrorBody
+from keepwarm.dialects.gemini_json import ProtoBody
+from keepwarm.dialects.gemini_request import GenerateContentRequest
 from keepwarm.dialects.kimi import KimiChatCompletionRequest
 from keepwarm.dialects.openai_answer import ChatCompletion, ChatCompletionChunk
 from keepwarm.dialects.openai_error import ErrorBody
@@ -50,10 +55,21 @@ ROUTES = (
         errors=AnthropicErrorBody,
     ),
     Route("POST", "/v1/messages/count_tokens", "Count", request=CountTokensRequest),
+    Route(
+        "POST",
+        "/v1/models/{model}:streamGenerateContent",
+        "Generate",
+        request=GenerateContentRequest,
+        response=GenerateContentReply,
+        events=GenerateContentReply,
+        errors=GeminiErrorBody,
+    ),
     Route("GET", "/health", "Health", needs_key=False),
 )
-ANSWERS = {"anthropic": "MessageReply"}  # by the stem of a stored file; the others are in OpenAI's shape
-ERRORS = {"anthropic": "AnthropicErrorBody"}
+# By the stem of a stored file; the others are in OpenAI's shape.
+ANSWERS = {"anthropic": "MessageReply", "gemini": "GenerateContentReply"}
+ERRORS = {"anthropic": "AnthropicErrorBody", "gemini": "GeminiErrorBody"}
+PATHS = {"anthropic": "/v1/messages", "gemini": "/v1/models/{model}:streamGenerateContent"}
 
 
 def document() -> dict[str, Any]:
@@ -67,7 +83,7 @@ def schema_of(name: str) -> dict[str, Any]:
 def event_schema(stem: str) -> dict[str, Any]:
     """The schema of one server-sent event."""
     whole = document()
-    operation = whole["paths"]["/v1/messages" if stem == "anthropic" else "/v1/chat/completions"]["post"]
+    operation = whole["paths"][PATHS.get(stem, "/v1/chat/completions")]["post"]
     schema = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
     return schema | {"components": whole["components"]}
 
@@ -149,9 +165,16 @@ def test_accepted_requests_fit_the_document(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((HERE / "conversations").glob("*.json")), ids=lambda path: path.stem)
 def test_accepted_messages_fit_the_document(path: Path) -> None:
-    jsonschema.validate(
-        json.loads(path.read_text(encoding="utf-8"))["bodies"]["anthropic"], schema_of("MessagesRequest")
-    )
+    bodies = json.loads(path.read_text(encoding="utf-8"))["bodies"]
+    jsonschema.validate(bodies["anthropic"], schema_of("MessagesRequest"))
+    if "gemini" in bodies:
+        jsonschema.validate(as_documented(bodies["gemini"]), schema_of("GenerateContentRequest"))
+
+
+def as_documented(body: dict[str, Any]) -> Any:
+    """A Gemini body in the one form of the document; it is accepted in others, too."""
+    wire = ProtoBody(GenerateContentRequest).decode(json.dumps(body).encode())
+    return json.loads(msgspec.json.encode(wire))
 
 
 def test_stored_objects_fit_the_document() -> None:
