@@ -399,3 +399,65 @@ async def test_objects_of_kimi_list_as_before(server: World) -> None:
         await caching(server).list(owner, Page(after=(await everyones(server))[0].id))
     with pytest.raises(ApiError):
         await caching(server)._objects.bind(Tag("t", owner, (await everyones(server))[0].id, 0), "kimi")
+
+
+async def test_the_whole_story_over_http(server: World) -> None:
+    key = {"x-goog-api-key": "k1"}
+
+    async def call(method: str, path: str, body: object = None) -> tuple[int, Any]:
+        answer = await server.request(method, f"/v1beta/{path}", body, key=None, headers=key)
+        return answer.status, answer.json()
+
+    contents = [{"role": "user", "parts": [{"text": TEXT}]}]
+    assert await call("GET", "cachedContents") == (200, {})
+    status, cached = await call("POST", "cachedContents", {"model": "models/small", "contents": contents})
+    name, now = cached["name"], int(server.clock.now())
+    assert (status, cached) == (
+        200,
+        {
+            "name": name,
+            "model": "models/small",
+            "createTime": "2023-11-14T22:13:20Z",
+            "updateTime": "2023-11-14T22:13:20Z",
+            "expireTime": "2023-11-14T23:13:20Z",
+            "displayName": "",
+            "usageMetadata": {"totalTokenCount": server.engine.plans[0].prompt.n_tokens},
+        },
+    )
+    assert await call("GET", name) == (200, cached)
+    assert await call("GET", "cachedContents?pageSize=1") == (200, {"cachedContents": [cached]})
+    n_cached = cached["usageMetadata"]["totalTokenCount"]
+    server.engine.script = says("ok", cache_read=n_cached)
+    ask = {"contents": [{"role": "user", "parts": [{"text": "how?"}]}], "cachedContent": name}
+    status, answer = await call("POST", "models/small:generateContent", ask)
+    assert (status, answer["usageMetadata"]["cachedContentTokenCount"]) == (200, n_cached)
+    assert answer["usageMetadata"]["promptTokenCount"] == server.engine.plans[-1].prompt.n_tokens
+    status, counted = await call("POST", "models/small:countTokens", {"generateContentRequest": ask})
+    assert (status, counted["cachedContentTokenCount"]) == (200, n_cached)
+
+    server.clock.advance(60)
+    status, longer = await call("PATCH", f"{name}?updateMask=ttl", {"name": name, "ttl": "7200s"})
+    times = {"updateTime": "2023-11-14T22:14:20Z", "expireTime": "2023-11-15T00:14:20Z"}
+    assert (status, longer) == (200, cached | times)
+    server.clock.advance(now + 60 + 7200 - server.clock.now())
+    gone = {"code": 403, "message": "CachedContent not found (or permission denied)", "status": "PERMISSION_DENIED"}
+    for method, path, body in (
+        ("GET", name, None),
+        ("PATCH", name, {"ttl": "60s"}),
+        ("DELETE", name, None),
+        ("POST", "models/small:generateContent", ask),
+        ("POST", "models/small:streamGenerateContent?alt=sse", ask),
+        ("POST", "models/small:countTokens", {"generateContentRequest": ask}),
+    ):
+        assert await call(method, path, body) == (403, {"error": gone}), (method, path)
+
+    status, second = await call(
+        "POST", "cachedContents", {"model": "models/small", "contents": contents, "ttl": "3.5s"}
+    )
+    assert await call("DELETE", second["name"]) == (200, {})
+    assert (await call("DELETE", second["name"]))[0] == 403
+    status, refused = await call(
+        "POST", "cachedContents", {"model": "models/small", "contents": [{"parts": [{"text": "a"}]}]}
+    )
+    assert status == 400
+    assert refused["error"]["message"].startswith("Cached content is too small. total_token_count=")
