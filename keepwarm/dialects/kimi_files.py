@@ -131,7 +131,7 @@ class FileForm:
         self._header[1] += data[start:end]
 
     def _header_ended(self) -> None:
-        name, value = (bytes(text).decode("utf-8", "replace") for text in self._header)
+        name, value = (bytes(text).decode("latin-1") for text in self._header)
         self._headers[name.lower()] = value
         self._header = [bytearray(), bytearray()]
 

@@ -54,6 +54,7 @@ MEDIA_TYPES = {
     "xls": "application/vnd.ms-excel",
     "zip": "application/zip",
 }
+NOT_ITS_FAULT = "the document could not be read here, which is no fault of its own; upload it again"
 DEFAULT_MEDIA_TYPE = "text/plain"  # reading it tells whether it is text
 
 
@@ -208,10 +209,14 @@ class Files:
 
     async def _process(self, file: StoredFile) -> None:
         try:
-            state, error = await self._extract(file)
+            state, error, fault = await self._extract(file)
             if not await self._settle(file, state, error):  # deleted meanwhile: its text came too late
                 await self._disk.remove(file.key)
-            self._log.info("file settled", file_id=file.id, tenant=file.tenant, state=state.value, n_bytes=file.n_bytes)
+            elif fault is not None:
+                self._log.error("file not read", file_id=file.id, tenant=file.tenant, error=fault)
+            else:
+                fields = {"tenant": file.tenant, "state": state.value, "n_bytes": file.n_bytes}
+                self._log.info("file settled", file_id=file.id, **fields)
         finally:
             self._settled.pop(file.key).set()
 
@@ -225,22 +230,18 @@ class Files:
                     raise
                 await asyncio.sleep(RETRY_S)
 
-    async def _extract(self, file: StoredFile) -> tuple[FileState, str | None]:
-        """Put the text on disk. Its state then, and why it has none."""
+    async def _extract(self, file: StoredFile) -> tuple[FileState, str | None, str | None]:
+        """Put the text on disk. Its state then, why it has none, and what went wrong when that is no fault of its own."""
         try:
             order = self._reading.order(file.media_type)
             async with aclosing(self._disk.pieces(file.key)) as pieces:
                 text = await self._reading.text(file.tenant, order, pieces)
             await self._disk.write_text(file.key, text)
         except DocumentFault as fault:
-            return FileState.FAILED, f"the document {fault}"
+            return FileState.FAILED, f"the document {fault}", None
         except (ReaderFault, OSError) as exc:
-            self._log.error("file not read", file_id=file.id, error=type(exc).__name__)
-            return (
-                FileState.FAILED,
-                "the document could not be read here, which is no fault of its own; upload it again",
-            )
-        return FileState.ACTIVE, None
+            return FileState.FAILED, NOT_ITS_FAULT, type(exc).__name__
+        return FileState.ACTIVE, None, None
 
 
 def media_type_of(said: str | None, name: str) -> str:
