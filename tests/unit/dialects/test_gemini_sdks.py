@@ -1,13 +1,16 @@
 """What Google's two SDKs really send is parsed to what was meant: the new one over its client, the old one's messages."""
 
+import io
 import json
 from typing import Any, Literal
 
 import httpx2
 import pydantic
 import pytest
+import requests
 from google.protobuf.json_format import MessageToJson
 
+from keepwarm.core.event import ChoiceFinished, Event, Finished, Started, TextDelta, Usage
 from keepwarm.core.request import (
     ChatRequest,
     DocumentPart,
@@ -18,8 +21,11 @@ from keepwarm.core.request import (
     ToolChoice,
     ToolMode,
 )
+from keepwarm.dialects import Frame, Identity
 from keepwarm.dialects.gemini import GeminiContent
-from tests.gemini_sdks import genai, generativeai, google_client
+from keepwarm.dialects.gemini_answer import AnswerShape
+from keepwarm.server.exchange import encoded
+from tests.gemini_sdks import genai, generativeai, google_client, rest_streaming
 from tests.golden.transcripts import BOUNDS
 
 GEMINI = GeminiContent(BOUNDS)
@@ -170,3 +176,37 @@ def test_old_round_trip() -> None:
     found = old_sdk(history)
     assert found.messages[1].tool_calls == (ToolCall("get_weather:0", "get_weather", '{"city":"Kyoto"}'),)
     assert found.messages[2] == Message("tool", (TextPart("21 °C"),), tool_call_id="get_weather:0")
+
+
+def streams(shape: AnswerShape) -> list[Frame]:
+    """The frames of an answer, with a keepalive between any two."""
+    parsed = GEMINI.parse_generate("m", shape, b'{"contents":{"parts":{"text":"q"}}}')
+    renderer = GEMINI.renderer(parsed, Identity("id", 0))
+    usage = Usage(1, 0, 0, 2)
+    events: list[Event] = [
+        Started(1, 0),
+        TextDelta("a {"),
+        TextDelta('"]}\n'),
+        ChoiceFinished("stop", 2),
+        Finished(usage),
+    ]
+    assert GEMINI.keepalive is not None
+    return [one for event in events for frame in renderer.feed(event) for one in (frame, GEMINI.keepalive)][:-1]
+
+
+def test_new_stream_with_keepalives() -> None:
+    body = b"".join(encoded(frame) for frame in streams("events"))
+    sse = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=body)
+    with google_client(lambda _: sse) as client:
+        found = list(client.models.generate_content_stream(model="m", contents="q"))
+    assert [chunk.text for chunk in found] == ["a {", '"]}\n', ""]
+
+
+def test_old_stream_with_keepalives() -> None:
+    response = requests.Response()
+    response.status_code, response.encoding = 200, "utf-8"
+    response.raw = io.BytesIO(b"".join(encoded(frame) for frame in streams("array")))
+    chunks = rest_streaming.ResponseIterator(response, generativeai.protos.GenerateContentResponse)
+    found = generativeai.types.GenerateContentResponse.from_iterator(chunks)
+    assert [chunk.text for chunk in found] == ["a {", '"]}\n', ""]
+    assert (found.text, found.usage_metadata.total_token_count) == ('a {"]}\n', 3)
