@@ -1,19 +1,22 @@
 """The book's file: SQLite in WAL mode, a row for each server and application key, shared by threads and processes.
 
-A connection lives for one transaction, so a book may be used from any thread and after a fork, and a worker that is killed
-leaves nothing open. A decision that leads to work on an object is taken inside the transaction that claims the row: of any
-number of workers one gets the claim. What is written is durable up to a power cut; a lost row costs one creation.
+A book has one connection for all its threads, and another one after a fork: SQLite's cannot be taken along. A decision that
+leads to work on an object is taken inside the transaction that claims the row: of any number of workers one gets the claim.
+What is written survives a killed worker; a row lost to a power cut costs one creation.
 
 The file holds keys, digests and cache ids, never knowledge or an API key.
 """
 
+import os
 import sqlite3
+import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import msgspec
+from msgspec import Struct
 
 from keepwarm.client.decision import CLAIM_S, Policy, Row, Step, decide
 
@@ -52,17 +55,27 @@ WHERE server = :server AND key = :key AND cache_id = :cache_id
 """
 
 
+class Held(Struct, frozen=True):
+    """A process's connection. The lock belongs to it: one taken along by a fork might never be opened again."""
+
+    pid: int
+    connection: sqlite3.Connection
+    lock: Lock
+    closes: weakref.finalize  # type: ignore[type-arg]  # msgspec wants the plain class
+
+
 class Rows:
     """The rows of one server's objects. Every method but the constructor is one transaction. Raises sqlite3.Error."""
 
     def __init__(self, path: Path, server: str) -> None:
         self._path, self._server = path, server
-        with closing(self._connect()) as connection:
-            use_wal(connection)
-            connection.execute(SCHEMA)
+        self._inherited: list[Held] = []
+        self._held = self._open()
+        use_wal(self._held.connection)
+        self._held.connection.execute(SCHEMA)
 
     def read(self, key: str) -> Row | None:
-        with closing(self._connect()) as connection:
+        with self._connected() as connection:
             return self._read(connection, key)
 
     def claim(self, key: str, digest: str, claim: str, now: float, policy: Policy) -> tuple[Row | None, Step]:
@@ -90,18 +103,34 @@ class Rows:
     def extend(self, key: str, cache_id: str, expires_at: float) -> None:
         self._update(EXTEND, key, {"cache_id": cache_id, "expires_at": expires_at})
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None)
+    def _open(self) -> Held:
+        connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        closes = weakref.finalize(self, connection.close)
         connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
+        return Held(os.getpid(), connection, Lock(), closes)
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        held = self._held
+        if held.pid != os.getpid():
+            held.closes.detach()
+            self._inherited.append(held)  # it is the parent's: neither used nor closed
+            held = self._held = self._open()
+        with held.lock:
+            yield held.connection
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that has the write lock from its beginning; a failure rolls it back by closing."""
-        with closing(self._connect()) as connection:
+        """A transaction that has the write lock from its beginning."""
+        with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
 
     def _read(self, connection: sqlite3.Connection, key: str) -> Row | None:
         found = connection.execute(READ, {"server": self._server, "key": key}).fetchone()
