@@ -127,7 +127,7 @@ class Warming:
         """Compute wanted objects one after another, forever."""
         while True:
             while self._wanted:
-                object_id, tenant = self._wanted.popitem()
+                object_id, tenant = self._next()
                 try:
                     settled = await self.warm(tenant, object_id)
                 except ApiError as error:
@@ -141,6 +141,11 @@ class Warming:
             self._is_idle = True
             await self._wake.wait()
             self._is_idle = False
+
+    def _next(self) -> tuple[str, str]:
+        """Those that a call waits for go first, in the order of asking: the last in first out would let some time out."""
+        awaited = next((object_id for object_id in self._awaited if object_id in self._wanted), None)
+        return self._wanted.popitem() if awaited is None else (awaited, self._wanted.pop(awaited))
 
     async def warm(self, tenant: str, object_id: str) -> bool:
         """Compute one object if it is pending, or ready and damaged. False: its engine was lost, try again.

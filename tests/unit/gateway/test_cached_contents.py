@@ -29,7 +29,7 @@ from keepwarm.gateway.auth import DevAuth
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.phases import Phases
 from tests.engines import says
-from tests.world import CONFIG, World, until, world
+from tests.world import CONFIG, DURABLE, World, until, world
 
 pytestmark = pytest.mark.anyio
 
@@ -88,6 +88,13 @@ async def test_it_is_ready_when_it_is_told(server: World) -> None:
     assert [plan.prompt.n_tokens for plan in server.engine.plans] == [cached.n_tokens]
     assert await caching(server).get(await tenant(), cached.id, "gemini") == cached
     server.assert_clean()
+
+
+async def test_with_a_disk_tier_it_is_ready_in_the_engine_that_keeps_its_lease(tmp_path: Path) -> None:
+    async with world(tmp_path, config=DURABLE) as server:
+        cached = await made(server)
+        assert cached.status is ObjectStatus.READY
+        assert server.engine.pins == {cached.id}
 
 
 async def test_below_the_minimum_the_message_has_both_numbers(server: World) -> None:
@@ -223,6 +230,8 @@ async def test_making_one_holds_a_place_as_a_turn_does(server: World) -> None:
     for _ in range(20):
         steps.release()
     assert len({(await call).id for call in calls}) == 6
+    pins = [plan.pin_id or "" for plan in server.engine.plans]
+    assert pins == sorted(pins), "in the order of asking: ids count up here"
     server.assert_clean()
 
 
