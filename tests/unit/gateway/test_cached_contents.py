@@ -158,9 +158,11 @@ async def test_a_call_that_is_given_up_leaves_nothing(server: World) -> None:
     server.engine.gate = steps.acquire
     call = asyncio.create_task(made(server))
     await until(lambda: bool(server.engine.running))
+    (obj,) = await everyones(server)
     call.cancel()
     await asyncio.wait([call])
     assert call.cancelled()
+    assert server.engine.dropped == [obj.id]
     assert await everyones(server) == []
     assert server.running.turns.n_turns == 0
     for _ in range(10):
@@ -216,6 +218,24 @@ async def test_a_lifetime_shorter_than_its_making_is_told_as_it_is(server: World
     cached = await made(server, ttl_s=3)
     with pytest.raises(ApiError, match=NOT_FOUND):
         await caching(server).get(await tenant(), cached.id, "gemini")
+
+
+async def test_one_whose_time_is_over_before_its_turn_comes_is_not_waited_for(server: World) -> None:
+    steps = asyncio.Semaphore(1)
+    server.engine.gate = steps.acquire
+    first = asyncio.create_task(made(server))
+    await until(lambda: bool(server.engine.running))
+    second = asyncio.create_task(made(server, TextPart(f"2{TEXT}"), ttl_s=3))
+    await until(lambda: server.running.turns.n_turns == 2)
+    while len(await everyones(server)) < 2:
+        pass
+    server.clock.advance(5)
+    server.engine.gate = None
+    for _ in range(10):
+        steps.release()
+    assert (await first).status is ObjectStatus.READY
+    assert (await second).is_over(server.clock.now())
+    assert len(server.engine.plans) == 1
 
 
 async def test_making_one_holds_a_place_as_a_turn_does(server: World) -> None:
