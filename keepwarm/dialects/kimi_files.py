@@ -98,12 +98,12 @@ class FileForm:
 
     def feed(self, piece: bytes) -> bytes:
         """What of the file is in this piece of the form. Raises ApiError(INVALID_REQUEST)."""
-        self._data.clear()
         try:
             self._parser.write(piece)
         except FormParserError as exc:
             raise ApiError(ErrorKind.INVALID_REQUEST, f"the body is no multipart form: {exc}") from exc
-        return b"".join(self._data)
+        data, self._data = self._data, []
+        return data[0] if len(data) == 1 else b"".join(data)
 
     def finish(self) -> None:
         """The form is whole, and is one for a file that is to be read. Raises ApiError(INVALID_REQUEST)."""

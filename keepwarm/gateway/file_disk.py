@@ -134,7 +134,7 @@ class FileDisk:
                 path.unlink()
 
 
-def write_at(fd: int, data: bytes, offset: int) -> None:
+def write_at(fd: int, data: bytes | bytearray, offset: int) -> None:
     """All of `data`. Raises OSError."""
     left = memoryview(data)
     while left:
@@ -162,7 +162,7 @@ class Digest:
     def __init__(self) -> None:
         self._hash = sha256()
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         self._hash.update(data)
 
     def value(self) -> bytes:

@@ -137,14 +137,16 @@ class Uploads:
                 try:
                     async for piece in pieces:
                         check_turn(upload, turn)
+                        if not waiting and len(piece) >= WRITE_BYTES:
+                            await self._write(upload, turn, fd, piece)
+                            continue
                         waiting += piece
                         if len(waiting) >= WRITE_BYTES:
-                            data = bytes(waiting)
-                            waiting.clear()
-                            await self._write(upload, turn, fd, data)
+                            full, waiting = waiting, bytearray()
+                            await self._write(upload, turn, fd, full)
                 finally:
                     if waiting and upload.turn == turn:
-                        await self._write(upload, turn, fd, bytes(waiting))
+                        await self._write(upload, turn, fd, waiting)
                 check_turn(upload, turn)
         except OSError as exc:
             raise disk_fault(exc) from exc
@@ -187,7 +189,7 @@ class Uploads:
                 upload.digest = await self._disk.run(lambda: cut(fd, offset))
                 upload.n_bytes = offset
 
-    async def _write(self, upload: Upload, turn: int, fd: int, data: bytes) -> None:
+    async def _write(self, upload: Upload, turn: int, fd: int, data: bytes | bytearray) -> None:
         async with upload.lock:
             check_turn(upload, turn)
             n_bytes = upload.n_bytes + len(data)

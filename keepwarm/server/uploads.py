@@ -66,18 +66,12 @@ class KimiFileCalls:
         await exchange.reply(self._dialect.render_file(file))
 
     async def _uploaded(self, exchange: Exchange, form: FileForm, pieces: AsyncGenerator[bytes, None]) -> StoredFile:
-        first = b""
-        async for piece in pieces:
-            first = form.feed(piece)
-            if form.new is not None:
-                break
-        if form.new is None:
-            form.finish()
-            raise AssertionError("a form without a file is not whole")
+        begin = [await _begin_of_file(form, pieces)]  # given away below, and not held until the end
+        assert form.new is not None
         uploads = self._files.uploads
         upload = await uploads.begin(exchange.tenant, form.new)
         try:
-            await uploads.append(upload.upload_id, 0, _rest(first, form, pieces))
+            await uploads.append(upload.upload_id, 0, _file_of(begin, form, pieces))
             form.finish()
             file = await self._files.finish(upload.upload_id)
         finally:
@@ -112,9 +106,19 @@ class KimiFileCalls:
         return await self._files.get(exchange.tenant, file_id, dialect=self._dialect.dialect)
 
 
-async def _rest(first: bytes, form: FileForm, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The file's bytes from the piece on that it begins in."""
-    yield first
+async def _begin_of_file(form: FileForm, pieces: AsyncIterator[bytes]) -> bytes:
+    """The form up to where its file begins, and what there is of that by then. Raises ApiError(INVALID_REQUEST)."""
+    async for piece in pieces:
+        data = form.feed(piece)
+        if form.new is not None:
+            return data
+    form.finish()
+    raise AssertionError("a form without a file is not whole")
+
+
+async def _file_of(begin: list[bytes], form: FileForm, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The file's bytes."""
+    yield begin.pop()
     async for piece in pieces:
         yield form.feed(piece)
 
