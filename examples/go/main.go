@@ -310,7 +310,7 @@ func documents(folder string, charsMax int) (string, error) {
 	if all.Len() == 0 {
 		return "", fmt.Errorf("no Markdown in %s, or none that fits", folder)
 	}
-	return all.String(), nil
+	return strings.TrimSuffix(all.String(), "\n"), nil
 }
 
 func talk(book *Book, model string) {
