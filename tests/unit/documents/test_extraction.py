@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,22 @@ async def test_a_document_is_read_in_a_process():
 async def test_a_large_document_gets_through_the_pipes():
     text = "0123456789abcde\n" * 200_000
     assert await read(order(chars_max=len(text)), text.encode()) == text
+
+
+async def test_a_document_in_pieces_is_the_same_and_one_whose_pieces_fail_is_our_fault():
+    async def pieces(n_pieces: int, *, then: Exception | None = None) -> AsyncIterator[bytes]:
+        for _ in range(n_pieces):
+            yield b"0123456789abcde\n" * 4096
+        if then is not None:
+            raise then
+
+    asked, environment = order(chars_max=4 * MIB), document_environment()
+    assert await extract(asked, pieces(40), 60, environment) == "0123456789abcde\n" * 4096 * 40
+    with pytest.raises(ReaderFault, match="pieces could not be fetched"):
+        await extract(asked, pieces(40, then=OSError("gone")), 60, environment)
+    script = "import os; os.write(1, b'+')"  # and ends without having read
+    with pytest.raises(DocumentFault, match="cannot be read as plain text"):
+        await extract(asked, pieces(40), 60, environment, (sys.executable, "-c", script))
 
 
 async def test_what_the_process_refuses_is_the_documents_fault():
