@@ -205,6 +205,7 @@ class Files:
         """The row first: a file without its bytes must not be found, bytes without a row are a leftover at worst."""
         if await self._rows.delete(file.seq):
             self._quota.give_back(file.tenant, 1, file.n_bytes)
+            await self.uploads.file_gone(file.key)
             await self._disk.remove(file.key)
 
     async def _process(self, file: StoredFile) -> None:

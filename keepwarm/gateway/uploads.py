@@ -94,6 +94,7 @@ class Uploads:
         self._clock = clock
         self._ids = ids
         self._uploads: dict[str, Upload] = {}
+        self._by_key: dict[str, Upload] = {}  # the same: no more than the files and uploads that `Quota` allows
 
     def __len__(self) -> int:
         return len(self._uploads)
@@ -103,7 +104,7 @@ class Uploads:
         self._check_size(new.n_bytes or 0)
         self._quota.take(tenant, 1, new.n_bytes or 0)
         upload = Upload(self._ids.new("u") + self._ids.new(""), tenant, self._ids.new(""), new, self._clock.monotonic())
-        self._uploads[upload.id] = upload
+        self._uploads[upload.id] = self._by_key[upload.key] = upload
         try:
             await self._disk.create(upload.key)
         except OSError as exc:
@@ -166,13 +167,19 @@ class Uploads:
                 if upload.touched_s <= oldest_s:
                     await self._forget(upload)
 
+    async def file_gone(self, key: str) -> None:
+        """The file that an upload became is no more: nobody needs its answer again."""
+        upload = self._by_key.get(key)
+        if upload is not None:
+            await self._forget(upload)
+
     async def _forget(self, upload: Upload) -> None:
         """An upload that has become a file leaves the file; any other leaves nothing."""
         if upload.is_gone:
             return
         upload.is_gone = True
         upload.turn += 1
-        del self._uploads[upload.id]
+        del self._uploads[upload.id], self._by_key[upload.key]
         if upload.file_id is None:
             self._quota.give_back(upload.tenant, 1, upload.n_reserved)
             await self._disk.remove(upload.key)

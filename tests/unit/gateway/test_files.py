@@ -182,6 +182,7 @@ async def test_a_deleted_file_leaves_nothing_and_makes_room(here: Place):
     for file in files:
         await here.files.delete("t", file.id)
     assert not here.on_disk() & {file.key for file in files}
+    assert len(here.files.uploads) == 1, "the other tenant's, whose answer may have been lost"
     await here.upload()
 
 
