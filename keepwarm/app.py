@@ -180,6 +180,7 @@ async def gateway(
                     task.cancel()
     finally:
         await asyncio.to_thread(rendering.close)
+        await asyncio.to_thread(disk.close)
 
 
 def _root(model: ModelConfig, templating: Templating) -> bytes:

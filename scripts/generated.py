@@ -15,6 +15,7 @@ from keepwarm.config import Limits
 from keepwarm.core.cache_object import TRANSITIONS, Cause, ObjectStatus
 from keepwarm.core.errors import ErrorKind
 from keepwarm.dialects.error_table import ErrorRow
+from keepwarm.dialects.gemini_error import GEMINI_ERRORS
 from keepwarm.dialects.anthropic_error import ANTHROPIC_ERRORS
 from keepwarm.dialects.kimi import KIMI_ERRORS
 from keepwarm.dialects.openai_error import OPENAI_ERRORS
@@ -153,6 +154,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "errors-kimi": lambda: errors_table(KIMI_ERRORS),
     "errors-openai": lambda: errors_table(OPENAI_ERRORS),
     "errors-anthropic": lambda: errors_table(ANTHROPIC_ERRORS),
+    "errors-gemini": lambda: errors_table(GEMINI_ERRORS),
 }
 
 

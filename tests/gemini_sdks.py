@@ -10,6 +10,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import google.ai.generativelanguage as glm
     import google.generativeai as generativeai
+    import google.generativeai.caching
     from google import genai
     from google.api_core import rest_streaming
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCE_DIRS = ("keepwarm", "scripts", "tests", "bench", "docs", ".ci")
+SOURCE_DIRS = ("keepwarm", "scripts", "tests", "bench", "docs", "examples", ".ci")
 SOURCE_SUFFIXES = {".py", ".md", ".toml", ".html", ".css", ".js", ".mako", ".ini", ""}
 
 FILE_LINES_MAX = 600

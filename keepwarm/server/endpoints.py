@@ -120,7 +120,7 @@ class ChatCalls:
                 b"".join(encoded(frame) for event in events for frame in renderer.feed(event)) if events else keepalive
             )
             more = not turn.stream.is_read
-            if not more and exchange.headers.get(TIMINGS_HEADER) == "1" and stream_type == EVENT_STREAM_TYPE:
+            if not more and self._takes_comments and exchange.headers.get(TIMINGS_HEADER) == "1":
                 data += b": keepwarm-timings " + _timings(turn) + b"\n\n"
             if data:
                 await exchange.write_events(data, more=more)
@@ -136,6 +136,12 @@ class ChatCalls:
         if exchange.headers.get(TIMINGS_HEADER) == "1":
             headers.append((TIMINGS_HEADER, _timings(turn).decode()))
         await exchange.reply(renderer.whole(), headers=headers)
+
+    @property
+    def _takes_comments(self) -> bool:
+        """Whether the dialect's clients skip comments in a stream."""
+        keepalive = self._dialect.keepalive
+        return keepalive is None or not keepalive.is_raw
 
     def _cache_headers(self, turn: Turn) -> Headers:
         """What the look-up came to, and what the dialect tells of the cache object that the turn read from."""
