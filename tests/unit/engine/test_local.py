@@ -237,7 +237,9 @@ async def test_a_crash_fails_the_turns_in_flight_and_begins_a_new_epoch(config, 
 
         assert await epoch_after(engine, 1) == 2
         assert worker_pids() not in ([], [pid])
-        assert (await events_of(engine, plan("t5")))[0] == Started(300, 0, usage=Usage(300, 0, 0, 0))  # a new process has nothing stored
+        assert (await events_of(engine, plan("t5")))[0] == Started(
+            300, 0, usage=Usage(300, 0, 0, 0)
+        )  # a new process has nothing stored
 
 
 async def test_an_epoch_is_told_when_it_is_ready_and_when_it_is_gone(config):
@@ -277,7 +279,7 @@ async def test_a_new_process_holds_the_leases_that_were_durable_and_not_dropped(
             assert isinstance(events[-1], Finished), events
         await engine.drop("dropped")
         async with asyncio.timeout(WAIT_S):
-            while len(list((config.store_dir() / "leases").iterdir())) > 1:  # the writer deletes the record behind the turns
+            while len(list((config.store_dir() / "leases").iterdir())) > 1:  # noqa: ASYNC110 - the writer deletes it later
                 await asyncio.sleep(0.01)
         engine.restart()
         assert await epoch_after(engine, 1) == 2
