@@ -25,8 +25,8 @@ Lines: TypeAlias = Iterator[str]
 MODEL = "claude-sonnet-4-5"  # any name is served
 LONG: Mapping[str, Json] = MappingProxyType({"type": "ephemeral", "ttl": "1h"})
 SHORT: Mapping[str, Json] = MappingProxyType({"type": "ephemeral"})
-RESULT_TOKENS_MIN = 40
-AROUND_TOKENS = 45  # what a template puts around the assistant's turn, a call and its result
+RESULT_TOKENS_MIN = 20
+AROUND_TOKENS = 45  # what a template puts around a call and its result, about
 
 IDENTITY = "You are a coding agent that works in the user's repository by calling tools."
 INSTRUCTIONS = """\
@@ -140,7 +140,8 @@ class Session:
         kinds = (self._listing, self._search, self._reading, self._reading, self._tests, self._edit, self._command)
         text = f"{self._one(('I look', 'Next I look', 'Let me look'))} at how {self._noun()} and {self._noun()} are {self._verb()}ed."
         n_calls = 2 if number % 5 == 4 else 1
-        n_tokens = int(self._draw.integers(*step_tokens, endpoint=True)) - AROUND_TOKENS - self._count(text)
+        n_around = AROUND_TOKENS * n_calls + self._count(text)
+        n_tokens = int(self._draw.integers(*step_tokens, endpoint=True)) - n_around
         calls = [kinds[(number + i) % len(kinds)](n_tokens // n_calls) for i in range(n_calls)]
         return Step(text, tuple(calls))
 
