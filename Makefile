@@ -50,6 +50,7 @@ bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results (BENCH_
 	@$(BIN)/keepwarm bench ttft --out "bench/results/$$(date -u +%F)-ttft.json" $(BENCH_ARGS)
 	@$(BIN)/keepwarm bench gateway --out "bench/results/$$(date -u +%F)-gateway.json"
 	@$(BIN)/keepwarm bench store --out "bench/results/$$(date -u +%F)-store.json" $(BENCH_ARGS)
+	@$(BIN)/keepwarm bench agent --out "bench/results/$$(date -u +%F)-agent.json" $(filter --quick,$(BENCH_ARGS))
 
 crash: $(STAMPS)/test ## kill the server's processes 200 times under load (CRASH_ARGS="--rounds 20 --seed 7" for less)
 	@$(BIN)/python -m scripts.crash $(CRASH_ARGS)

@@ -14,9 +14,9 @@ import msgspec
 from keepwarm.config import Limits
 from keepwarm.core.cache_object import TRANSITIONS, Cause, ObjectStatus
 from keepwarm.core.errors import ErrorKind
+from keepwarm.dialects.anthropic_error import ANTHROPIC_ERRORS
 from keepwarm.dialects.error_table import ErrorRow
 from keepwarm.dialects.gemini_error import GEMINI_ERRORS
-from keepwarm.dialects.anthropic_error import ANTHROPIC_ERRORS
 from keepwarm.dialects.kimi import KIMI_ERRORS
 from keepwarm.dialects.openai_error import OPENAI_ERRORS
 

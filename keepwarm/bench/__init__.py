@@ -14,6 +14,8 @@ ttft       time to first token, decoding, several users; what it comes to: ttft_
 gateway    the gateway's own cost, with the scripted engine; what it comes to: gateway_report
 store      restarts, restoring from disk, durability, no reuse, the index; what it comes to: store_report; its parts:
            store_servers, store_restore, store_disk, store_index
+agent      a coding agent's session, caching on and off; what it comes to: agent_report; what is asked: agent_session; read
+           back by messages
 pinning    the gateway alone on a core
 """
 

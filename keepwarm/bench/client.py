@@ -45,6 +45,14 @@ class Answer(Struct, frozen=True):
         return n / spent_s if n > 0 and spent_s > 0 else None
 
 
+class Stream(Struct, frozen=True):
+    """A streamed answer that has begun: its events as they arrive, each with the clock's time."""
+
+    sent_at: float
+    headers: dict[str, str]
+    events: AsyncIterator[tuple[float, bytes]]
+
+
 class Reply(Struct, frozen=True):
     """A whole answer."""
 
@@ -86,31 +94,33 @@ class Connection:
 
     async def stream_chat(self, body: bytes) -> Answer:
         """A streamed chat completion with its timings. Raises BenchError."""
-        clock = self._clock
-        sent_at = clock.monotonic()
-        status, found = await self._send("POST", CHAT_PATH, body, {TIMINGS_HEADER: "1"})
-        if status != 200:
-            raise _refused(CHAT_PATH, status, b"".join([part async for part in self._parts(found)]))
+        stream = await self.stream(CHAT_PATH, body)
         texts_at: list[float] = []
         last: Frame | None = None
-        finished_at, usage, timings, rest = 0.0, None, None, b""
-        async for part in self._parts(found):
-            now = clock.monotonic()
-            events, rest = split_events(rest + part)
-            for event in events:
-                timings = read_timings(event) or timings
-                frame = read_frame(event)
-                if frame is None:
-                    continue
-                if frame.has_text:
-                    texts_at.append(now)
-                if frame.is_last:
-                    last, finished_at = frame, now
-                usage = frame.usage or usage
+        finished_at, usage, timings = 0.0, None, None
+        async for now, event in stream.events:
+            timings = read_timings(event) or timings
+            frame = read_frame(event)
+            if frame is None:
+                continue
+            if frame.has_text:
+                texts_at.append(now)
+            if frame.is_last:
+                last, finished_at = frame, now
+            usage = frame.usage or usage
         if last is None or usage is None or timings is None:
             raise BenchError("a stream of the server ended without a finish, usage or timings; see its log")
         first_at = texts_at[0] if texts_at else finished_at
-        return Answer(sent_at, first_at, finished_at, clock.monotonic(), tuple(texts_at), usage, timings)
+        ended_at = self._clock.monotonic()
+        return Answer(stream.sent_at, first_at, finished_at, ended_at, tuple(texts_at), usage, timings)
+
+    async def stream(self, path: str, body: bytes) -> Stream:
+        """A streamed answer of any dialect, with its timings at the end; to be read to its end. Raises BenchError."""
+        sent_at = self._clock.monotonic()
+        status, found = await self._send("POST", path, body, {TIMINGS_HEADER: "1"})
+        if status != 200:
+            raise _refused(path, status, b"".join([part async for part in self._parts(found)]))
+        return Stream(sent_at, found, self._events(found))
 
     def close(self) -> None:
         self._writer.close()
@@ -128,6 +138,14 @@ class Connection:
         first, *lines = head.decode("latin-1").split("\r\n")
         pairs = (line.partition(":") for line in lines if line)
         return int(first.split(" ", 2)[1]), {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+    async def _events(self, headers: Mapping[str, str]) -> AsyncIterator[tuple[float, bytes]]:
+        rest = b""
+        async for part in self._parts(headers):
+            now = self._clock.monotonic()
+            events, rest = split_events(rest + part)
+            for event in events:
+                yield now, event
 
     async def _parts(self, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
         """The body as it arrives."""

@@ -1,8 +1,8 @@
-"""The servers that `bench store` compares: one configuration in variants, each with a data directory of its own.
+"""The servers that `bench store` and `bench agent` compare: one configuration in variants, each with its own data directory.
 
     disk   as configured, with a disk tier
     host   without one: what is leased stays in host RAM
-    off    prompts are never stored by themselves, being shorter than what automatic reuse begins at
+    off    nothing is stored but what an object leases: prompts are shorter than what reuse and breakpoints begin at
 
 Prepared weights are shared through a link, so they are made once. All asks come from one tenant.
 """
@@ -28,7 +28,7 @@ from keepwarm.launch import ServerProcess
 Variant = Literal["disk", "host", "off"]
 NEVER_TOKENS = 1 << 30  # more than any prompt has
 CACHE: Mapping[Variant, Mapping[str, int]] = MappingProxyType(
-    {"disk": {}, "host": {"disk_bytes": 0}, "off": {"auto_tokens_min": NEVER_TOKENS}}
+    {"disk": {}, "host": {"disk_bytes": 0}, "off": {"auto_tokens_min": NEVER_TOKENS, "mark_tokens_min": NEVER_TOKENS}}
 )
 
 

@@ -31,15 +31,19 @@ _MUST_CALL = (ToolMode.REQUIRED, ToolMode.NAMED)
 
 
 def output_rules(
-    request: ChatRequest, built: Built, n_ctx: int, limits: Limits, to_gbnf: Callable[[str], str]
-) -> OutputRules:
+    request: ChatRequest, built: Built, n_ctx: int, limits: Limits, to_gbnf: Callable[[str], str], *,
+    max_tokens_cut: bool = False,
+) -> OutputRules:  # fmt: skip
     """How the answer to `request` ends and is read. A used cache object's tools must be in the request by now.
 
-    `to_gbnf` turns a JSON Schema into GBNF with the rule "root", or raises ValueError. Raises ApiError(PROMPT_TOO_LONG)
+    `to_gbnf` turns a JSON Schema into GBNF with the rule "root", or raises ValueError. `max_tokens_cut`: more than the
+    window leaves is cut to that instead of being refused. Raises ApiError(PROMPT_TOO_LONG)
     with both numbers, ApiError(INVALID_REQUEST) for a schema or a tool choice that cannot be enforced.
     """
     return OutputRules(
-        max_tokens=_max_tokens(request.max_tokens, built.prompt.n_tokens, n_ctx, limits.max_tokens_default),
+        max_tokens=_max_tokens(
+            request.max_tokens, built.prompt.n_tokens, n_ctx, limits.max_tokens_default, cut=max_tokens_cut
+        ),
         stop=request.stop,
         grammar=_grammar(request, built, limits, to_gbnf),
         tool_format=built.tool_format,
@@ -120,12 +124,12 @@ def plan_settling(
     )
 
 
-def _max_tokens(asked: int | None, n_prompt: int, n_ctx: int, default: int) -> int:
-    if asked is None:
+def _max_tokens(asked: int | None, n_prompt: int, n_ctx: int, default: int, *, cut: bool) -> int:
+    if asked is None or (asked and cut):
         if n_prompt >= n_ctx:
             message = f"prompt has {n_prompt:,} tokens, the model's window is {n_ctx:,} and must hold the answer too"
             raise ApiError(ErrorKind.PROMPT_TOO_LONG, message, param="messages")
-        return min(default, n_ctx - n_prompt)
+        return min(default if asked is None else asked, n_ctx - n_prompt)
     if n_prompt + asked > n_ctx:
         message = (
             f"prompt has {n_prompt:,} tokens and max_tokens is {asked:,}: together {n_prompt + asked:,}, "

@@ -14,10 +14,15 @@ from keepwarm.config import ConfigError
 
 TTFT_EXAMPLE = "keepwarm bench ttft --tokens 5000 --out ttft.json"
 GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 10000"
+AGENT_EXAMPLE = "keepwarm bench agent --turns 20 --out agent.json"
 STORE_EXAMPLE = "keepwarm bench store --data-dir DIR --out store.json"
 TOKENS_MIN = 640  # automatic reuse begins at 512
+TURNS_MIN = 3  # shares are counted from the third on
+QUICK_TURNS = 6
 
 Tokens = Annotated[int, typer.Option("--tokens", min=TOKENS_MIN, help="Length of the long prompts.")]
+AgentTurns = Annotated[int, typer.Option("--turns", min=TURNS_MIN, help="Length of the session.")]
+BaseTokens = Annotated[int, typer.Option("--tokens", min=TOKENS_MIN, help="Length of tools and system text.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds: to see that it works, not to quote.")]
 Requests = Annotated[int, typer.Option("--requests", min=10, help="How many, in the longest part.")]
 Out = Annotated[
@@ -68,6 +73,26 @@ def store(
     """
     module = importlib.import_module("keepwarm.bench.store")
     plan = module.Plan(n_tokens=tokens, quick=quick)
+    try:
+        module.run_and_show(plan, Console(), data_dir=data_dir, config_file=config_file, out=out)
+    except (BenchError, ConfigError) as error:
+        fail(str(error))
+
+
+def agent(
+    turns: AgentTurns = 20,
+    tokens: BaseTokens = 2500,
+    quick: Quick = False,
+    data_dir: DataDir = None,
+    config_file: ConfigFile = None,
+    out: Out = None,
+) -> None:
+    """A coding agent's session with tools, tool results and cache breakpoints, turn by turn, caching on and off.
+
+    Some five minutes on two cores; nothing else should run. --quick stops after six turns.
+    """
+    module = importlib.import_module("keepwarm.bench.agent")
+    plan = module.Plan(n_turns=min(turns, QUICK_TURNS) if quick else turns, base_tokens=tokens)
     try:
         module.run_and_show(plan, Console(), data_dir=data_dir, config_file=config_file, out=out)
     except (BenchError, ConfigError) as error:

@@ -35,6 +35,7 @@ def build() -> typer.Typer:
     _add(bench_group, "ttft", bench.ttft, bench.TTFT_EXAMPLE)
     _add(bench_group, "gateway", bench.gateway, bench.GATEWAY_EXAMPLE)
     _add(bench_group, "store", bench.store, bench.STORE_EXAMPLE)
+    _add(bench_group, "agent", bench.agent, bench.AGENT_EXAMPLE)
     root.add_typer(bench_group, name="bench", epilog=_epilog(bench.TTFT_EXAMPLE))
     key_group = _group("Make, list and revoke API keys.")
     _add(key_group, "create", keys.create, keys.CREATE_EXAMPLE)

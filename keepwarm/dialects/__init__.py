@@ -87,6 +87,7 @@ class Parsed(Struct, frozen=True):
     request: ChatRequest
     stream: bool
     include_usage: bool = False
+    max_tokens_cut: bool = False  # an answer longer than the window leaves room for is cut, not refused
 
     @property
     def is_array(self) -> bool:

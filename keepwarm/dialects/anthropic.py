@@ -49,6 +49,7 @@ class AnthropicMessages:
         return AnthropicParsed(
             request,
             stream=bool(wire.stream),
+            max_tokens_cut=True,  # coding agents ask for as much as the vendor's own models can say
             wants_diagnostics=bool(wire.diagnostics),
             hides_thinking=wire.thinking is not None and wire.thinking.display == "omitted",
         )

@@ -38,7 +38,7 @@ CALL_ID_PREFIX = "toolu_"
 SIGNATURE_BYTES = 48
 NO_INPUT = Raw(b"{}")  # of a call that begins; its pieces follow
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
 class AnthropicParsed(Parsed, frozen=True):
@@ -99,7 +99,7 @@ class MessageReply(Struct, tag="message"):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
-    diagnostics: Diagnostics | UnsetType = UNSET
+    diagnostics: Diagnostics | UnsetType | None = UNSET
 
 
 class TokenCountReply(Struct):
@@ -272,7 +272,10 @@ class MessageRenderer:
     def _end(self) -> MessageEnd:
         finished = self._finished
         assert finished is not None, "`Finished` before the choice was"
-        if self._parsed.request.max_tokens == 0 or finished.reason == "length":
+        max_tokens = self._parsed.request.max_tokens or 0
+        if finished.reason == "length" and finished.n_output < max_tokens:
+            return MessageEnd("model_context_window_exceeded", None)
+        if max_tokens == 0 or finished.reason == "length":
             return MessageEnd("max_tokens", None)
         if finished.reason == "tool_calls":
             return MessageEnd("tool_use", None)

@@ -10,6 +10,7 @@ text model cannot read is refused by name. Thinking is taken as it is: signature
 import binascii
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -63,20 +64,15 @@ def neutral_messages(
 
 def _turns(messages: Sequence[MessageParam]) -> Iterator[Turn]:
     """Raises ApiError(INVALID_REQUEST) for an unknown role and for a message without content that is no prefill."""
-    turn: Turn | None = None
-    for i, message in enumerate(messages):
-        path = f"messages[{i}]"
-        blocks = tuple(placed(message.content, f"{path}.content"))
-        if not blocks and (message.role != "assistant" or i < len(messages) - 1):
-            raise invalid(f"{path}.content", "must not be empty")
-        if turn is not None and turn.role == message.role:
-            turn = replace(turn, messages=(*turn.messages, blocks))
-            continue
-        if turn is not None:
-            yield turn
-        turn = Turn(_role(message.role, path), f"{path}.content", (blocks,))
-    if turn is not None:
-        yield turn
+    last = len(messages) - 1
+    for role, run in groupby(enumerate(messages), key=lambda numbered: numbered[1].role):
+        said = {i: tuple(placed(message.content, f"messages[{i}].content")) for i, message in run}
+        first = f"messages[{next(iter(said))}]"
+        neutral = _role(role, first)
+        for i, blocks in said.items():
+            if not blocks and (neutral != "assistant" or i < last):
+                raise invalid(f"messages[{i}].content", "must not be empty")
+        yield Turn(neutral, f"{first}.content", tuple(said.values()))
 
 
 def _role(role: str, path: str) -> Role:

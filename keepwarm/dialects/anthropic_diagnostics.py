@@ -1,7 +1,7 @@
 """Anthropic's `diagnostics`: why the cache was missed, compared with the turn that the client named.
 
 Its union asks whose doing a miss was. What the client changed has a word and the tokens lost; a prefix that is the same and
-was not read all the same (expired, evicted, slower than computing …) is no reason in it, so the reason is null, as for a
+was not read all the same (expired, evicted, slower than computing …) is no reason in it, so the member is null, as for a
 hit; "unavailable" is everything that says nothing of what the client sent. Our own words are in the X-Keepwarm-Cache header.
 """
 
@@ -41,20 +41,23 @@ class CacheMissReason(Struct):
 
 
 class Diagnostics(Struct):
-    """The comparison's result. No reason: the two requests agree as far as they go, or there was nothing to compare with."""
+    """What the comparison found. (Anthropic's inner null means that it is still pending; ours never is.)"""
 
-    cache_miss_reason: CacheMissReason | None = None
+    cache_miss_reason: CacheMissReason
 
 
-def diagnostics(lookup: CacheLookup | None, compare_with: str | None) -> Diagnostics:
-    """For a client that asked. `compare_with` is the turn it named, None: it only asks to be compared with later."""
+def diagnostics(lookup: CacheLookup | None, compare_with: str | None) -> Diagnostics | None:
+    """For a client that asked; None where nothing of what it sent was the reason, or nothing was to be compared with.
+
+    `compare_with` is the turn it named, None: it only asks to be compared with later.
+    """
     if compare_with is None:
-        return Diagnostics()
+        return None
     if lookup is None:
         return Diagnostics(CacheMissReason(UNAVAILABLE))
     if not lookup.compare_found:
         return Diagnostics(CacheMissReason(NOT_FOUND))
     reason = None if lookup.cause is None else REASONS[lookup.cause]
     if reason is None:
-        return Diagnostics()
+        return None
     return Diagnostics(CacheMissReason(reason, lookup.n_missed if lookup.cause in CHANGED else UNSET))

@@ -42,7 +42,7 @@ BUDGET_TOKENS_MIN = 1024
 ANSWER_NAME = "answer"  # of a schema: Anthropic's have none
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}", re.ASCII)
 TOOL_MODES = {"auto": ToolMode.AUTO, "any": ToolMode.REQUIRED, "none": ToolMode.NONE, "tool": ToolMode.NAMED}
-THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
+THINKING = {"enabled": True, "adaptive": None, "between_tools": True, "disabled": False}  # adaptive: as the model can
 
 
 class ToolChoiceParam(Struct):
@@ -223,8 +223,7 @@ def _answer_format(body: CountTokensRequest, bounds: WireBounds) -> AnswerFormat
 def _thinking(wanted: ThinkingParam | None) -> bool | None:
     if wanted is None:
         return None
-    thinks = THINKING.get(wanted.type)
-    if thinks is None:
+    if wanted.type not in THINKING:
         raise invalid("thinking.type", f"{quoted(wanted.type)} is not one of {', '.join(THINKING)}")
     if wanted.type == "enabled" and wanted.budget_tokens is None:
         raise invalid("thinking.budget_tokens", "is required with the type 'enabled'")
@@ -232,7 +231,7 @@ def _thinking(wanted: ThinkingParam | None) -> bool | None:
         raise invalid(
             "thinking.budget_tokens", f"is {wanted.budget_tokens:,}, at least {BUDGET_TOKENS_MIN:,} are needed"
         )
-    return thinks
+    return THINKING[wanted.type]
 
 
 def _stop(strings: tuple[str, ...], bounds: WireBounds) -> tuple[str, ...]:

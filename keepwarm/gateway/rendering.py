@@ -52,9 +52,9 @@ class Rendering:
         return await self._documents.read(request, tenant)
 
     async def request(
-        self, tenant: str, request: ChatRequest, object_tokens: int | None, n_ctx: int
+        self, tenant: str, request: ChatRequest, object_tokens: int | None, n_ctx: int, *, max_tokens_cut: bool
     ) -> tuple[Built, OutputRules]:
-        """The prompt of a request and how its answer ends. Raises ApiError: INVALID_REQUEST, PROMPT_TOO_LONG."""
+        """The prompt of a request and how its answer ends (`output_rules`). Raises ApiError: INVALID_REQUEST, PROMPT_TOO_LONG."""
 
         def call() -> tuple[Built, OutputRules]:
             built = self._templating.build(
@@ -65,7 +65,9 @@ class Rendering:
                 object_tokens=object_tokens,
                 thinking=request.thinking,
             )
-            return built, output_rules(request, built, n_ctx, self._limits, self._to_gbnf)
+            return built, output_rules(
+                request, built, n_ctx, self._limits, self._to_gbnf, max_tokens_cut=max_tokens_cut
+            )
 
         n_chars = _n_chars(request.messages, request.tools)
         if isinstance(request.answer_format, JsonSchema):

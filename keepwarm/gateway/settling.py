@@ -112,6 +112,7 @@ class Settling:
             request.tool_choice,
             object_tokens=obj.n_tokens if obj is not None else None,
             generate=False,
+            thinking=request.thinking,
         )
         async with self._engine.lease(built.prompt) as lease:
             plan = plan_settling(

@@ -71,6 +71,7 @@ class Turn:
         self.object: CacheObject | None = None  # the cache object in use, if one applies
         self.object_use = ObjectUse(request)  # as it was when the turn began
         self.n_tokens_saved = 0  # of the object, by this turn
+        self.max_tokens_cut = False  # an answer longer than the window leaves room for is cut, not refused
         self.rewritten: tuple[str, ...] = ()  # what normalisers changed
         self.lookup: CacheLookup | None = None  # once it has started
         self.answer = AnswerText()
@@ -130,8 +131,9 @@ class Turns:
 
     @asynccontextmanager
     async def open(
-        self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, *, dialect: str
-    ) -> AsyncIterator[Turn]:
+        self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, *, dialect: str,
+        max_tokens_cut: bool = False,
+    ) -> AsyncIterator[Turn]:  # fmt: skip
         """Run a turn while the context lasts. Leaving it early cancels the turn and waits until it has given all back."""
         if self._stopping is not None:
             raise self._stopping
@@ -144,6 +146,7 @@ class Turns:
             dialect=dialect,
             began_at=self._clock.now(),
         )
+        turn.max_tokens_cut = max_tokens_cut
         task = self._tasks.create_task(self._run(turn))
         turn.start(task)
         self._open.add(turn)
@@ -216,7 +219,9 @@ class Turns:
                 return _dry_run(turn)
             with turn.phases.measure("render"):
                 object_tokens = turn.object.n_tokens if turn.object is not None else None
-                built, rules = await self._rendering.request(turn.tenant, request, object_tokens, n_ctx)
+                built, rules = await self._rendering.request(
+                    turn.tenant, request, object_tokens, n_ctx, max_tokens_cut=turn.max_tokens_cut
+                )
             if request.thinking and not built.reasoning:
                 message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
                 raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")

@@ -95,7 +95,12 @@ class ChatCalls:
         renderer = self._dialect.renderer(parsed, identity)
         async with (
             services.turns.open(
-                exchange.turn_id, exchange.tenant, parsed.request, exchange.phases, dialect=self._dialect.name
+                exchange.turn_id,
+                exchange.tenant,
+                parsed.request,
+                exchange.phases,
+                dialect=self._dialect.name,
+                max_tokens_cut=parsed.max_tokens_cut,
             ) as turn,
             _cancelled_on_disconnect(exchange, turn, services.runtime.tasks),
         ):

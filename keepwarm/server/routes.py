@@ -30,7 +30,7 @@ from keepwarm import __version__
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.dialects import WireBounds
 from keepwarm.dialects.anthropic import AnthropicMessages
-from keepwarm.dialects.anthropic_answer import MessageReply, TokenCountReply
+from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent, TokenCountReply
 from keepwarm.dialects.anthropic_error import AnthropicErrorBody
 from keepwarm.dialects.anthropic_model import AnthropicModel, AnthropicModelList
 from keepwarm.dialects.anthropic_request import CountTokensRequest, MessagesRequest
@@ -215,7 +215,7 @@ def messages_entries_of(services: Services, dialect: AnthropicMessages) -> tuple
         (
             Route(
                 "POST", "/messages", "Answer a conversation, whole or streamed", request=MessagesRequest,
-                response=MessageReply,
+                response=MessageReply, events=MessageStreamEvent,
             ),
             calls.chat,
         ),

@@ -12,7 +12,8 @@ import anthropic
 
 MODEL = "claude-sonnet-4-5"
 GREEDY = {"temperature": 0}
-WORDS = "the harbour keeps its lights burning while small boats carry grain and letters across cold grey water".split()
+PHRASE = "the harbour keeps its lights burning while small boats carry grain and letters across cold grey water"
+WORDS = PHRASE.split()
 TOOL = {
     "name": "get_weather",
     "description": "The weather in a city.",
@@ -74,6 +75,8 @@ def stops(client):
     stopped = ask(client, [user("Count: one, two, three, four.")], max_tokens=12, stop_sequences=[word])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
     assert word not in said(stopped)
+    cut = ask(client, [user(text(1, 1500))], max_tokens=32_000, stop_sequences=["harbour"])
+    assert cut.stop_reason in ("end_turn", "stop_sequence", "model_context_window_exceeded")
     prefilled = ask(client, [user("Greet me."), {"role": "assistant", "content": "Good"}])
     assert said(prefilled) and not said(prefilled).startswith("Good")
 
@@ -81,10 +84,8 @@ def stops(client):
 def streamed(client):
     messages = [user("Tell me about the sea.")]
     whole = ask(client, messages, max_tokens=20)
-    seen = []
     with client.messages.stream(model=MODEL, max_tokens=20, messages=messages, extra_body=GREEDY) as stream:
-        for event in stream:
-            seen.append(event.type)
+        seen = [event.type for event in stream]
         final = stream.get_final_message()
     assert said(final) == said(whole)
     assert final.stop_reason == whole.stop_reason
@@ -105,9 +106,13 @@ def tools(client):
     assert call.name == "get_weather" and set(call.input) == {"city"} and call.id.startswith("toolu_")
     with client.messages.stream(model=MODEL, messages=messages, extra_body=GREEDY, **options) as stream:
         final = stream.get_final_message()
-    assert [part for part in final.content if part.type == "tool_use"][0].input == call.input
+    assert next(part for part in final.content if part.type == "tool_use").input == call.input
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [block("Rain, 12 degrees.")]}
-    turns = [*messages, {"role": "assistant", "content": [part.model_dump() for part in message.content]}, user([result])]
+    turns = [
+        *messages,
+        {"role": "assistant", "content": [part.model_dump() for part in message.content]},
+        user([result]),
+    ]
     assert ask(client, turns, tools=[TOOL]).content
     any_tool = ask(client, messages, tools=[TOOL], tool_choice={"type": "any"}, max_tokens=60)
     assert any_tool.stop_reason == "tool_use"
@@ -190,7 +195,7 @@ def diagnosed(client):
     reason = changed.model_dump()["diagnostics"]["cache_miss_reason"]
     assert reason["type"] == "system_changed" and reason["cache_missed_input_tokens"] > 600
     same = ask(client, turns, extra_body=extra)
-    assert same.model_dump()["diagnostics"]["cache_miss_reason"] is None
+    assert same.model_dump()["diagnostics"] is None
     unknown = extra | {"diagnostics": {"previous_message_id": "msg_unknown"}}
     reason = ask(client, turns, system="Else.", extra_body=unknown).model_dump()["diagnostics"]["cache_miss_reason"]
     assert reason["type"] == "previous_message_not_found"

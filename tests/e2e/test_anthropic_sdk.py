@@ -41,14 +41,21 @@ def test_calls(server, subject, version):
     key = f"sk-e2e-{version}-{subject}"  # a tenant of its own: nothing is warm
     mount = "/anthropic" if subject == "passive" else ""
     done = subprocess.run(
-        [str(python), str(CALLS), server.url + mount, key, subject], capture_output=True, text=True, timeout=600, check=False
+        [str(python), str(CALLS), server.url + mount, key, subject],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_retries_until_there_is_room(start):
     server = start(BUSY)
-    with anthropic.Anthropic(api_key="sk", base_url=server.url, max_retries=20) as client, ThreadPoolExecutor(6) as pool:
+    with (
+        anthropic.Anthropic(api_key="sk", base_url=server.url, max_retries=20) as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
         ask = client.messages.with_raw_response.create
         body = {"model": "scripted", "max_tokens": 64, "messages": [{"role": "user", "content": "Hello."}]}
         answers = list(pool.map(lambda _: ask(**body), range(12)))

@@ -1,12 +1,14 @@
-"""The benches run to their end against the scripted engine and write what they measured. No number is judged."""
+"""The benches run to their end against the scripted engine and write what they measured. No time is judged."""
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from keepwarm.bench.agent_report import Samples as AgentSamples
 from keepwarm.bench.gateway_report import Samples as GatewaySamples
 from keepwarm.bench.report import Report
 from keepwarm.bench.store_report import Samples as StoreSamples
@@ -76,3 +78,22 @@ def test_bench_store(tmp_path: Path) -> None:
     assert all(pair.n_prompts == 3 for pair in samples.no_reuse)
     assert all(ratio.reached is not None for ratio in report.ratios)
     assert [path.name for path in data.iterdir()] == ["models"]  # what was made to be measured is gone
+
+
+@pytest.mark.slow
+def test_bench_agent_reads_all_but_what_is_new(tmp_path: Path) -> None:
+    """An agent's session of six turns: from the third on nearly everything is read, and the answers stay what they are."""
+    config, out = tmp_path / "scripted.toml", tmp_path / "agent.json"
+    config.write_text('[model]\nengine = "scripted"\nn_ctx = 16384\n', encoding="utf-8")
+    bench("agent", "--turns", "6", "--tokens", "8000", "--config", config, "--out", out)
+    samples = msgspec.json.decode(out.read_bytes(), type=Report[AgentSamples]).samples
+    on, off = samples.of("on"), samples.of("off")
+    assert [one.number for one in on] == [one.number for one in off] == [1, 2, 3, 4, 5, 6]
+    assert [one.answer for one in on] == [one.answer for one in off]
+    assert len({one.answer for one in on}) > 1
+    assert all(one.n_read + one.n_written + one.n_fresh == one.n_prompt for one in samples.turns)
+    assert all(one.n_read == one.n_written == 0 for one in off)
+    assert {one.outcome for one in on[1:]} == {"hit"}
+    assert all(one.read_percent >= 95 for one in samples.counted)
+    for before, after in pairwise(on):
+        assert after.n_read >= before.n_read + before.n_written  # all that the turn before had read or written

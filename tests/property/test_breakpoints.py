@@ -93,7 +93,8 @@ def conversations(draw: st.DrawFn) -> list[Request]:
         n_blocks, first, n_tokens = draw(grown)
         known += tuple(block((first + i) % 5, n_tokens) for i in range(n_blocks))
         known = known or (block(0, 1),)
-        where = draw(st.lists(st.one_of(st.just(len(known)), st.integers(1, len(known))), max_size=4, unique=True))
+        anywhere = st.lists(st.integers(1, len(known)), max_size=4, unique=True)
+        where = draw(st.just([len(known)]) | anywhere)  # at the end, as most clients do: long stretches have no mark
         n_long = draw(st.integers(0, len(where)))
         marks: dict[int, int | None] = {n: LONG_S if i < n_long else SHORT_S for i, n in enumerate(sorted(where))}
         if draw(st.booleans()):

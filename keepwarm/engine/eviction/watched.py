@@ -1,6 +1,6 @@
 """Blocks that left and are still watched: what they were, and whether they come back.
 
-Like `Ghosts`, with the class, the last use and the number of uses beside each fingerprint: 20 bytes a ghost. A ghost goes
+Like `Ghosts`, with the class, the last use and the number of uses beside each fingerprint: 10 bytes a ghost. A ghost goes
 to a row by its fingerprint and takes the place of the row's oldest.
 """
 
@@ -19,9 +19,9 @@ class Watched:
         self._width = min(n_max, ROW_GHOSTS)
         self._n_rows = n_max // self._width
         n = self._n_rows * self._width
-        self._prints = array("q", bytes(8 * n))  # 0: free
-        self._used_s = array("d", bytes(8 * n))
-        self._classes = array("h", bytes(2 * n))
+        self._prints = array("I", bytes(4 * n))  # 0: free
+        self._used_s = array("f", bytes(4 * n))
+        self._classes = array("b", bytes(n))
         self._uses = bytearray(n)
         self._next = bytearray(self._n_rows)  # where the row's oldest is
 
@@ -42,7 +42,7 @@ class Watched:
         self._prints[place] = 0
         return self._classes[place], self._used_s[place], self._uses[place]
 
-    def all(self) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    def all(self) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Classes and last uses of all ghosts."""
-        there = np.flatnonzero(np.frombuffer(self._prints, np.int64))
-        return np.frombuffer(self._classes, np.int16)[there], np.frombuffer(self._used_s)[there]
+        there = np.flatnonzero(np.frombuffer(self._prints, np.uint32))
+        return np.frombuffer(self._classes, np.int8)[there], np.frombuffer(self._used_s, np.float32)[there]

@@ -132,6 +132,15 @@ def test_tokens_that_what_follows_could_change_are_not_before_the_mark(head: str
         assert encoded.tokens[: encoded.ends[0]].tolist() == [1004, *WordTokenizer().encode_plain(head)[:n_settled]]
 
 
+def test_tokens_across_words_are_found_by_trying() -> None:
+    class AcrossWords(WordTokenizer):
+        def encode_plain(self, text: str) -> list[int]:
+            before, joined, after = text.partition("word.a")
+            return [*super().encode_plain(before), *([3000] if joined else []), *super().encode_plain(after)]
+
+    assert marked(AcrossWords(), "some word.¦").ends == marked(AcrossWords(), "some word.¦a").ends == (1,)
+
+
 @pytest.mark.parametrize("n_chars", [WINDOW_CHARS, WINDOW_CHARS * 4, WINDOW_CHARS_MAX, WINDOW_CHARS_MAX * 2])
 def test_a_long_word_before_a_mark_is_seen_whole_or_left_out(n_chars: int) -> None:
     head = "two words " + "x" * n_chars

@@ -241,3 +241,12 @@ def test_small_minimums_do_not_make_everything_a_hit() -> None:
     short = replace(asked(S), tokens=np.arange(60, dtype=np.int32))
     assert look(short, tokens_min=16).cause is MissCause.FIRST_SEEN
     assert look(short, tokens_min=16, n_found=58, n_read=58).outcome == "hit"
+
+
+def test_the_worst_place_for_a_granularity_of_64_is_still_a_hit() -> None:
+    """Of 1,025 tokens the last two are evaluated, and 1,023 are cut to 960."""
+    now = replace(asked(S), tokens=np.arange(1025, dtype=np.int32))
+    there = replace(now, turn_id="t1")
+    assert look(now, there, n_found=960, n_read=960).outcome == "hit"
+    goes_on = replace(now, tokens=np.arange(2000, dtype=np.int32))
+    assert look(goes_on, there, n_found=1024, n_read=960).outcome == "hit"

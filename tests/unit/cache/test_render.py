@@ -239,6 +239,19 @@ def test_a_breakpoint_is_found_by_trying_where_a_template_looks_at_the_ends_of_t
     assert build([message("user", "one", mark=Mark(300)), message("user", "two")], turns).breakpoints == ()
 
 
+def test_a_template_that_counts_characters_has_no_place_for_a_breakpoint() -> None:
+    counts = "{% for m in messages %}{{ m.content | length }}|{{ m.content }}{% endfor %}"
+    assert build([message("user", "abc defg.", mark=Mark(300)), message("user", "two")], counts).breakpoints == ()
+
+
+def test_control_tokens_that_begin_like_what_else_could_follow_are_not_torn() -> None:
+    tight = HERMES.replace("<tools>", "").replace("\n{% endfor %}</tools>", "</tool>{% endfor %}")
+    tight = tight.replace("{{ tool | tojson }}", "<tool>{{ tool | tojson }}")
+    one, two = (build([message("user", "Hi")], tight, tools) for tools in (MARKED, (*MARKED, WEATHER)))
+    assert one.breakpoints == two.breakpoints
+    assert ends(one) == [("}}}}</tool", 3600, 2)]
+
+
 def test_tools_shown_behind_the_conversation_have_no_stable_place() -> None:
     behind = "{% for m in messages %}{{ m.content }}{% endfor %}<tool_call>{{ tools | tojson }}"
     built = build([message("system", "one."), message("user", "two")], behind, MARKED)

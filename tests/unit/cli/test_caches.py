@@ -87,7 +87,7 @@ def test_one_object_with_its_messages(caches: Run) -> None:
     assert "(5,000 characters)" in shown
     assert "look_up: finds things" in shown
     whole = json.loads(caches("show", "cache-a", "--json").stdout)
-    assert whole["messages"][0]["parts"] == [{"type": "text", "text": "x" * 5000, "mark": False}]
+    assert whole["messages"][0]["parts"] == [{"type": "text", "text": "x" * 5000, "mark": None}]
     assert whole["tools"][0]["name"] == "look_up"
 
 

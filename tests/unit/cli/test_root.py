@@ -21,6 +21,7 @@ COMMANDS = [
     ["bench", "ttft"],
     ["bench", "gateway"],
     ["bench", "store"],
+    ["bench", "agent"],
     ["keys"],
     ["keys", "create"],
     ["keys", "list"],

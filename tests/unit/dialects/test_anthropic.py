@@ -135,15 +135,15 @@ REFUSED: list[tuple[bytes, str]] = [
     (body(thinking={"type": "enabled"}), "thinking.budget_tokens"),
     (body(thinking={"type": "enabled", "budget_tokens": 1023}, max_tokens=4096), "thinking.budget_tokens"),
     (body(thinking={"type": "enabled", "budget_tokens": 2048}, max_tokens=2048), "thinking.budget_tokens"),
-    (body(thinking={"type": "adaptive"}, tools=[TOOL], tool_choice={"type": "any"}), "thinking"),
-    (body(thinking={"type": "adaptive"}, messages=[USER, {"role": "assistant", "content": "a"}]), "thinking"),
+    (body(thinking={"type": "between_tools"}, tools=[TOOL], tool_choice={"type": "any"}), "thinking"),
+    (body(thinking={"type": "between_tools"}, messages=[USER, {"role": "assistant", "content": "a"}]), "thinking"),
     (body(output_config={"format": {"type": "xml"}}), "output_config.format.type"),
     (body(output_config={"format": {"type": "json_schema"}}), "output_config.format.schema"),
     (body(output_format={"type": "json_schema", "schema": schema(65)}), "output_format.schema"),
     (body(output_config={"format": {"type": "json_schema", "schema": {}}},
           messages=[USER, {"role": "assistant", "content": "{"}]), "output_config.format"),
     (body(max_tokens=0, stream=True), "stream"),
-    (body(max_tokens=0, thinking={"type": "adaptive"}), "thinking"),
+    (body(max_tokens=0, thinking={"type": "between_tools"}), "thinking"),
     (body(max_tokens=0, output_config={"format": {"type": "json_schema", "schema": {}}}), "output_config.format"),
     (body(max_tokens=0, tools=[TOOL], tool_choice={"type": "any"}), "tool_choice"),
     (body(max_tokens=0, tools=[TOOL], tool_choice={"type": "tool", "name": "f"}), "tool_choice"),
@@ -316,8 +316,8 @@ def test_answer_formats() -> None:
     assert parsed(output_format=wanted).answer_format == expected
 
 
-@pytest.mark.parametrize("kind,thinks", [("adaptive", True), ("between_tools", True), ("disabled", False)])
-def test_thinking(kind: str, thinks: bool) -> None:
+@pytest.mark.parametrize("kind,thinks", [("adaptive", None), ("between_tools", True), ("disabled", False)])
+def test_thinking(kind: str, thinks: bool | None) -> None:
     assert parsed().thinking is None
     assert parsed(thinking={"type": kind}).thinking is thinks
     wanted = {"type": "enabled", "budget_tokens": 1024}

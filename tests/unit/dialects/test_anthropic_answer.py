@@ -182,8 +182,13 @@ def test_ids_and_signatures_are_derived_from_the_turn() -> None:
     ],
 )
 def test_why_it_stopped(reason: FinishReason, stop: str | None, expected: tuple[str, str | None]) -> None:
-    message = whole([STARTED, TextDelta("x"), *ended(reason, stop)])
+    message = whole([STARTED, TextDelta("x"), *ended(reason, stop)], max_tokens=1)
     assert (message["stop_reason"], message["stop_sequence"]) == expected
+
+
+def test_an_answer_cut_by_the_window_says_so() -> None:
+    message = whole([STARTED, TextDelta("x"), *ended("length")], max_tokens=32_000)
+    assert message["stop_reason"] == "model_context_window_exceeded"
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
@@ -235,7 +240,7 @@ def explained(lookup: CacheLookup | None, previous: str | None = "msg_0") -> Any
     members = {"diagnostics": {"previous_message_id": previous}}
     message = whole(events, **members)
     assert streamed(events, **members)[0]["message"]["diagnostics"] == message["diagnostics"]
-    return message["diagnostics"]["cache_miss_reason"]
+    return message["diagnostics"] and message["diagnostics"]["cache_miss_reason"]
 
 
 def test_diagnostics_only_for_who_asks() -> None:

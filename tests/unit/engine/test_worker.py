@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keepwarm.config import CacheConfig, Config, ModelConfig
-from keepwarm.core.event import Finished, Started
+from keepwarm.core.event import Finished, Started, Usage
 from keepwarm.core.prompt import Lease, OutputRules, Plan, Prompt
 from keepwarm.core.request import Sampling
 from keepwarm.engine import EngineState
@@ -186,12 +186,12 @@ def test_a_life_of_the_process():
         spoken.send(LookUp("cold", Prompt("a", tokens(300))))
         assert spoken.until(lambda f: isinstance(f, LeaseFound))[-1] == LeaseFound(Lease("cold", 0))
         cold = spoken.run(plan("t1", tokens(300)))
-        assert cold[0] == Started(300, 0)
+        assert cold[0] == Started(300, 0, usage=Usage(300, 0, 0, 0))
         assert spoken.idle().n_tokens_evaluated == 300
         spoken.send(LookUp("warm", Prompt("a", tokens(300))), Release("cold"), Release("unknown"), Cancel("unknown"))
         assert spoken.until(lambda f: isinstance(f, LeaseFound))[-1] == LeaseFound(Lease("warm", 298, "host"))
         warm = spoken.run(plan("t2", tokens(300)))
-        assert warm[0] == Started(300, 298, "host")
+        assert warm[0] == Started(300, 298, "host", Usage(2, 298, 0, 0), n_found=298)
         assert warm[1:-1] == cold[1:-1]
 
         spoken.run(plan("t3", tokens(128, seed=1), n_out=0, pin_id="object"))

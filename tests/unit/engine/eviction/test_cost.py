@@ -1,5 +1,8 @@
 """What the cost policy learns, and its hazards and Gittins index against arithmetic done by hand."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,10 +65,39 @@ def test_an_evicted_block_that_comes_back_has_its_uses():
     assert policy.victim({0, 70}, 605.0) == 70
 
 
-def test_memory_is_small():
-    policy = Cost(1000)
-    for block in range(1000):
-        policy.stored(block, BlockFacts(b"%d" % block, None, 0, 64, 0), 0.0)
-    arrays = (policy._used_s, policy._class, policy._uses)
-    n_bytes = sum(one.nbytes for one in arrays) + policy._prints.itemsize * len(policy._prints)
-    assert n_bytes <= 25 * 1000  # growing by an eighth; ghosts take 19 bytes more each
+def test_four_bytes_of_time_are_enough_after_a_year_of_uptime():
+    policy = Cost(100)
+    year_s = 365 * 86_400.0
+    for n in range(40):
+        policy.stored(n, BlockFacts(b"%d" % n, None, 0, 64, 0), year_s + 0.25 * n)
+    used_s = policy._used_s[:40].tolist()
+    assert used_s == [0.25 * n for n in range(40)]
+
+
+def test_it_learns_after_a_share_of_the_store_was_used_whatever_the_number_of_turns():
+    policy = Cost(16_000)
+    for block in range(3000):  # one long prompt
+        policy.stored(block, BlockFacts(b"%d" % block, block - 1 if block else None, 64 * block, 64, 0), 0.0)
+    before = policy._worth
+    policy.hit(list(range(3000)), 10.0)
+    policy.hit(list(range(3000)), 20.0)
+    assert (policy._worth[:, 0] != before[:, 0]).any()
+
+
+def test_both_tiers_policies_take_a_hundred_bytes_a_block_at_most():
+    keys = [b"%d" % block for block in range(20_000)]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        policies = [Cost(20_000), Cost(20_000)]
+        for policy in policies:
+            for block, key in enumerate(keys):
+                policy.stored(block, BlockFacts(key, block - 1 if block % 80 else None, 64 * (block % 80), 64, 0), 0.0)
+            policy.victim(set(range(79, 20_000, 80)), 9.0)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(policies) == 2
+    assert (after - before) / 20_000 <= 100
