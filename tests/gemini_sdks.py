@@ -10,9 +10,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import google.ai.generativelanguage as glm
     import google.generativeai as generativeai
-    import google.generativeai.caching
     from google import genai
     from google.api_core import rest_streaming
+    from google.generativeai import caching
 
 
 @contextmanager
@@ -25,4 +25,4 @@ def google_client(answer: Callable[[httpx2.Request], httpx2.Response]) -> Iterat
         yield genai.Client(api_key="k", http_options=options)
 
 
-__all__ = ["genai", "generativeai", "glm", "google_client", "rest_streaming"]
+__all__ = ["caching", "genai", "generativeai", "glm", "google_client", "rest_streaming"]

@@ -3,13 +3,13 @@
 The guide's video is a text here. Cross-dialect: what a Gemini object computed, Kimi's automatic reuse reads.
 """
 
-import datetime
+import datetime as dt
 import time
 
 import pytest
 
 from tests.e2e.anthropic_calls import text
-from tests.gemini_sdks import genai, generativeai
+from tests.gemini_sdks import caching, genai, generativeai
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real, pytest.mark.timeout(900)]
 types = genai.types
@@ -53,7 +53,7 @@ def test_the_guides_flow(google, tmp_path, version):
         ),
     )
     lifetime = made.expire_time - made.create_time
-    assert datetime.timedelta(seconds=299) < lifetime < datetime.timedelta(seconds=301)
+    assert dt.timedelta(seconds=299) < lifetime < dt.timedelta(seconds=301)
     answer = client.models.generate_content(model=MODEL, contents="What is it about?", config=config(made.name))
     usage = answer.usage_metadata
     assert usage.cached_content_token_count == made.usage_metadata.total_token_count
@@ -68,7 +68,7 @@ def test_the_guides_flow(google, tmp_path, version):
     assert again == answer.text
     assert [one.name for one in client.caches.list(config={"page_size": 1})] == [made.name]
     longer = client.caches.update(name=made.name, config=types.UpdateCachedContentConfig(ttl="7200s"))
-    assert longer.expire_time - made.expire_time > datetime.timedelta(seconds=6000)
+    assert longer.expire_time - made.expire_time > dt.timedelta(seconds=6000)
     conflict = refused(
         lambda: client.models.generate_content(
             model=MODEL, contents="q", config=config(made.name, system_instruction="Other.")
@@ -138,11 +138,11 @@ def test_an_objects_context_is_read_by_kimis_automatic_reuse_of_its_tenant_only(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, about protobuf 5
 def test_the_old_sdk(server):
     generativeai.configure(api_key="key-old", transport="rest", client_options={"api_endpoint": server.url})
-    made = generativeai.caching.CachedContent.create(
+    made = caching.CachedContent.create(
         model=f"models/{MODEL}",
         system_instruction="You answer about a text.",
         contents=[text(33, 1200)],
-        ttl=datetime.timedelta(minutes=5),
+        ttl=dt.timedelta(minutes=5),
     )
     model = generativeai.GenerativeModel.from_cached_content(cached_content=made)
     options = {"max_output_tokens": 6, "temperature": 0}
@@ -150,6 +150,6 @@ def test_the_old_sdk(server):
     assert answer.usage_metadata.cached_content_token_count == made.usage_metadata.total_token_count
     streamed = model.generate_content("What is it about?", generation_config=options, stream=True)
     assert "".join(chunk.text for chunk in streamed) == answer.text
-    made.update(ttl=datetime.timedelta(hours=2))
-    assert [one.name for one in generativeai.caching.CachedContent.list()] == [made.name]
+    made.update(ttl=dt.timedelta(hours=2))
+    assert [one.name for one in caching.CachedContent.list()] == [made.name]
     made.delete()
