@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 OPENAPI_VERSION = "3.1.0"
 JSON = "application/json"
@@ -44,6 +45,10 @@ class Route(Struct, frozen=True):
     params: tuple[Param, ...] = ()
     tags: tuple[str, ...] = ()
     needs_key: bool = True
+
+    def tagged(self, tag: str, errors: type[Struct]) -> "Route":
+        """The same in the document's section `tag`, with error bodies of the type `errors`."""
+        return replace(self, tags=(tag,), errors=errors)
 
     @property
     def path_params(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from keepwarm.dialects import CacheReport, ChatDialect, Identity, Parsed, Render
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
 from keepwarm.dialects.kimi import KimiChat
+from keepwarm.dialects.openapi import Route
 from keepwarm.engine import Engine, EngineState, EngineStatus, StoreStatus
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
@@ -38,6 +39,7 @@ CACHE_HEADER = "x-keepwarm-cache"  # on every answer of a turn
 TIMINGS_HEADER = "x-keepwarm-timings"  # "1" asks for the milliseconds of every phase with the answer
 
 Call = Callable[[Exchange], Awaitable[None]]
+Entry = tuple[Route, Call]
 T = TypeVar("T")
 
 

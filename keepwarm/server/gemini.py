@@ -21,10 +21,9 @@ from keepwarm.dialects.gemini_files import GeminiFiles
 from keepwarm.dialects.gemini_model import GeminiModel, GeminiModelList, parse_models_page
 from keepwarm.dialects.gemini_request import GeminiCountTokensRequest, GenerateContentRequest
 from keepwarm.dialects.openapi import Route
-from keepwarm.server.endpoints import ChatCalls, Services, query
+from keepwarm.server.endpoints import ChatCalls, Entry, Services, query
 from keepwarm.server.exchange import EVENT_STREAM_TYPE, JSON_TYPE, Exchange
 from keepwarm.server.uploads import (
-    Entry,
     GeminiFileCalls,
     gemini_discovery_entries,
     gemini_file_entries,
@@ -160,12 +159,8 @@ class GeminiEntries:
         self.uploads = gemini_upload_entries(files)
         self.discovery = gemini_discovery_entries(files)
         self.all = [
-            *((_tagged("chat", route), call) for route, call in generating),
-            *((_tagged("models", route), call) for route, call in models),
-            *((_tagged("caching", route), call) for route, call in objects),
+            *((route.tagged("chat", GeminiErrorBody), call) for route, call in generating),
+            *((route.tagged("models", GeminiErrorBody), call) for route, call in models),
+            *((route.tagged("caching", GeminiErrorBody), call) for route, call in objects),
             *gemini_file_entries(files),
         ]
-
-
-def _tagged(tag: str, route: Route) -> Route:
-    return replace(route, tags=(tag,), errors=GeminiErrorBody)

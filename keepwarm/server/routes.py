@@ -71,6 +71,7 @@ from keepwarm.server.endpoints import (
     CachingCalls,
     Call,
     ChatCalls,
+    Entry,
     EstimateCalls,
     Health,
     MessagesCalls,
@@ -123,8 +124,6 @@ CHAT_BODIES: Mapping[str, type[Struct]] = MappingProxyType(
         "minimax": MiniMaxChatCompletionRequest,
     }
 )
-
-Entry = tuple[Route, Call]
 
 
 def application(services: Services) -> Starlette:
@@ -202,9 +201,12 @@ def chat_entries(services: Services, dialect: KimiChat | OpenAIChat | MiniMaxCha
         params=USE_PARAMS if dialect.name == "kimi" else (),
     )
     return [
-        (_tagged("chat", chat), calls.chat),
-        (_tagged("models", Route("GET", "/models", "The names requests may use", response=ModelList)), calls.models),
-        (_tagged("models", Route("GET", "/models/{model}", "One of them", response=ModelItem)), calls.model),
+        (chat.tagged("chat", ErrorBody), calls.chat),
+        (
+            Route("GET", "/models", "The names requests may use", response=ModelList).tagged("models", ErrorBody),
+            calls.models,
+        ),
+        (Route("GET", "/models/{model}", "One of them", response=ModelItem).tagged("models", ErrorBody), calls.model),
     ]
 
 
@@ -232,8 +234,8 @@ def messages_entries_of(services: Services, dialect: AnthropicMessages) -> tuple
         (Route("GET", "/models/{model}", "One of them", response=AnthropicModel), calls.model),
     ]
     return (
-        [(_tagged("messages", route, AnthropicErrorBody), call) for route, call in messages],
-        [(_tagged("models", route, AnthropicErrorBody), call) for route, call in models],
+        [(route.tagged("messages", AnthropicErrorBody), call) for route, call in messages],
+        [(route.tagged("models", AnthropicErrorBody), call) for route, call in models],
     )
 
 
@@ -269,8 +271,8 @@ def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCachin
         (Route("DELETE", "/caching/{cache_id}", "Delete it", response=CacheDeletedReply), calls.delete),
     ]
     return [
-        (_tagged("chat", estimate), EstimateCalls(services, dialect).estimate),
-        *((_tagged("caching", route), call) for route, call in objects),
+        (estimate.tagged("chat", ErrorBody), EstimateCalls(services, dialect).estimate),
+        *((route.tagged("caching", ErrorBody), call) for route, call in objects),
     ]
 
 
@@ -281,13 +283,13 @@ def operator_entries_of(services: Services) -> list[Entry]:
     store = Route("GET", "/admin/store", "What the prefix store holds, in counts and bytes", response=StoreReply)
     turn = Route("GET", "/admin/turns/{turn_id}", "A recent turn, and why it missed the cache", response=TurnRecord)
     entries: list[Entry] = [
-        (_tagged("operation", health), calls.health),
-        (_tagged("operation", store), calls.store),
-        (_tagged("operation", turn), calls.turn),
+        (health.tagged("operation", ErrorBody), calls.health),
+        (store.tagged("operation", ErrorBody), calls.store),
+        (turn.tagged("operation", ErrorBody), calls.turn),
     ]
     if services.config.dev:
         restart = Route("POST", "/admin/engine/restart", "End the engine's process (--dev only)")
-        entries.append((_tagged("operation", restart), calls.restart_engine))
+        entries.append((restart.tagged("operation", ErrorBody), calls.restart_engine))
     return entries
 
 
@@ -320,10 +322,6 @@ class Documents:
                 openapi, self._routes, title=TITLE, version=__version__, description=DESCRIPTION
             )
         return self._document
-
-
-def _tagged(tag: str, route: Route, errors: type[Struct] = ErrorBody) -> Route:
-    return msgspec.structs.replace(route, tags=(tag,), errors=errors)
 
 
 def _under(mount: str, route: Route) -> Route:

@@ -9,9 +9,6 @@ breaks off leaves what came of it, and the client can ask how much that was. Tab
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 from keepwarm.config import Limits
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.file import StoredFile
@@ -40,13 +37,13 @@ from keepwarm.dialects.openai_error import ErrorBody
 from keepwarm.dialects.openapi import Param, Route
 from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.files import Files
-from keepwarm.server.endpoints import Call, query
+from keepwarm.server.endpoints import Entry, query
 from keepwarm.server.exchange import Exchange, Headers
 
 RESUME_INCOMPLETE = 308
 PLAIN_TYPE = "text/plain; charset=utf-8"
 
-Entry = tuple[Route, Call]
+TAG = "files"
 
 
 class KimiFileCalls:
@@ -218,7 +215,7 @@ def kimi_file_entries(calls: KimiFileCalls) -> list[Entry]:
         (Route("DELETE", "/files/{file_id}", "Delete it", response=KimiFileDeletedReply), calls.delete),
         (Route("GET", "/files/{file_id}/content", "Its text", response=KimiFileContent), calls.content),
     ]
-    return [(_tagged(route, ErrorBody), call) for route, call in table]
+    return [(route.tagged(TAG, ErrorBody), call) for route, call in table]
 
 
 def gemini_file_entries(calls: GeminiFileCalls) -> list[Entry]:
@@ -229,7 +226,7 @@ def gemini_file_entries(calls: GeminiFileCalls) -> list[Entry]:
         (Route("GET", "/files/{file_id}", "One file", response=FileReply), calls.get),
         (Route("DELETE", "/files/{file_id}", "Delete it"), calls.delete),
     ]
-    return [(_tagged(route, GeminiErrorBody), call) for route, call in table]
+    return [(route.tagged(TAG, GeminiErrorBody), call) for route, call in table]
 
 
 def gemini_upload_entries(calls: GeminiFileCalls) -> list[Entry]:
@@ -239,17 +236,13 @@ def gemini_upload_entries(calls: GeminiFileCalls) -> list[Entry]:
         needs_key=False,
     )  # fmt: skip
     go_on = Route("PUT", "/files", "Go on with an upload", response=UploadedReply, needs_key=False)
-    return [(_tagged(begin, GeminiErrorBody), calls.upload), (_tagged(go_on, GeminiErrorBody), calls.upload)]
+    return [(route.tagged(TAG, GeminiErrorBody), calls.upload) for route in (begin, go_on)]
 
 
 def gemini_discovery_entries(calls: GeminiFileCalls) -> list[Entry]:
     """At the root, and at the root of Gemini's own mount."""
     route = Route("GET", "/$discovery/rest", "What the old SDK must know to upload", needs_key=False)
-    return [(_tagged(route, GeminiErrorBody), calls.discovery)]
-
-
-def _tagged(route: Route, errors: type[Struct]) -> Route:
-    return replace(route, tags=("files",), errors=errors)
+    return [(route.tagged(TAG, GeminiErrorBody), calls.discovery)]
 
 
 def _site(exchange: Exchange) -> Site:
