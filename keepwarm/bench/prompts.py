@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from keepwarm.cache.render import Templating
 from keepwarm.config import Config
-from keepwarm.core.prompt import Prompt
+from keepwarm.core.prompt import Prompt, common_prefix
 from keepwarm.core.request import Message, TextPart, ToolChoice
 from keepwarm.engine import ModelInfo, Tokenizer
 from keepwarm.engine.chunks import level_rows, next_rows, pieces
@@ -30,6 +30,18 @@ class Ask(Struct, frozen=True):
         else:
             context = {"role": "system", "content": self.context}
         return [context, {"role": "user", "content": self.question}]
+
+
+class Stored(Struct, frozen=True):
+    """A context that is a cache object."""
+
+    context: str
+    object_id: str
+    n_tokens: int
+
+    def ask(self, question: str) -> Ask:
+        """A question behind it."""
+        return Ask(self.context, question, self.object_id, self.n_tokens)
 
 
 class Prompts:
@@ -62,8 +74,5 @@ class Prompts:
 
 def n_shared(prompts: Sequence[Prompt]) -> int:
     """How many tokens all the prompts begin with in common."""
-    first, n = prompts[0].tokens, min(prompt.n_tokens for prompt in prompts)
-    for prompt in prompts[1:]:
-        differ = (first[:n] != prompt.tokens[:n]).nonzero()[0]
-        n = int(differ[0]) if len(differ) else n
-    return n
+    first = prompts[0].tokens
+    return min(common_prefix(first, prompt.tokens) for prompt in prompts)

@@ -23,7 +23,7 @@ from rich.console import Console
 from keepwarm.bench import BenchError
 from keepwarm.bench.client import Connection
 from keepwarm.bench.machine import these_versions, this_machine
-from keepwarm.bench.prompts import Ask
+from keepwarm.bench.prompts import Ask, Stored
 from keepwarm.bench.prose import Prose
 from keepwarm.bench.report import Report, publish, shown, timestamp
 from keepwarm.bench.service import CacheObject, Service, chat_body
@@ -107,18 +107,6 @@ class Plan(Struct, frozen=True):
     @property
     def n_scans(self) -> int:
         return 1 if self.quick else 5
-
-
-class Stored(Struct, frozen=True):
-    """A context that is a cache object."""
-
-    context: str
-    object_id: str
-    n_tokens: int
-
-    def ask(self, question: str) -> Ask:
-        """A question behind it."""
-        return Ask(self.context, question, self.object_id, self.n_tokens)
 
 
 class Measurement:

@@ -17,7 +17,7 @@ from rich.console import Console
 from keepwarm.bench.baseline import Baseline, baseline
 from keepwarm.bench.client import Answer
 from keepwarm.bench.machine import these_versions, this_machine
-from keepwarm.bench.prompts import Ask, Prompts, n_shared
+from keepwarm.bench.prompts import Ask, Prompts, Stored, n_shared
 from keepwarm.bench.prose import Prose
 from keepwarm.bench.raw_frames import Base, Cold, DecodeAll, Follow, Took, Warm
 from keepwarm.bench.report import Report, publish, shown, timestamp
@@ -72,18 +72,6 @@ class Plan(Struct, frozen=True):
     @property
     def n_displaced(self) -> int:
         return 1 if self.quick else 3
-
-
-class Stored(Struct, frozen=True):
-    """A context that is a cache object."""
-
-    context: str
-    object_id: str
-    n_tokens: int
-
-    def ask(self, question: str) -> Ask:
-        """A question behind it."""
-        return Ask(self.context, question, self.object_id, self.n_tokens)
 
 
 class Measurement:

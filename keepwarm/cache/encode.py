@@ -31,7 +31,7 @@ import numpy as np
 from msgspec import Struct
 
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.prompt import Tokens
+from keepwarm.core.prompt import Tokens, common_prefix
 from keepwarm.engine import SpecialToken, Tokenizer
 
 CACHED_CHARS_MIN = 64  # shorter fragments are tokenised faster than the cache would answer
@@ -251,13 +251,6 @@ class Encoder:
             if n_settled or n_chars >= min(len(head), WINDOW_CHARS_MAX):
                 return len(tokens) - n_settled
             n_chars *= 8
-
-
-def common_prefix(left: Tokens, right: Tokens) -> int:
-    """Number of leading tokens two sequences share."""
-    n = min(len(left), len(right))
-    differing = np.flatnonzero(left[:n] != right[:n])
-    return int(differing[0]) if len(differing) else n
 
 
 class _Text(Struct):

@@ -18,9 +18,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from keepwarm.cache.encode import common_prefix
 from keepwarm.core.cache_lookup import CacheLookup, MissCause, Outcome, Place
-from keepwarm.core.prompt import Tokens
+from keepwarm.core.prompt import Tokens, common_prefix
 from keepwarm.core.request import ChatRequest, Message, TextPart
 
 SLACK_TOKENS = 66  # a match ends at a multiple of the granularity, 64 at most, and the last two tokens are evaluated

@@ -29,7 +29,6 @@ from keepwarm.cache.encode import (
     Sentinels,
     Shield,
     choose_sentinels,
-    common_prefix,
     unweave,
     weave,
 )
@@ -46,7 +45,7 @@ from keepwarm.cache.marking import (
 from keepwarm.cache.template import CHATML, ChatTemplate, Json
 from keepwarm.cache.tools import SECTION_VERSION, as_text, detect_format, json_value, told_failed, tool_values
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.prompt import Breakpoint, Prompt, Tokens, ToolFormat
+from keepwarm.core.prompt import Breakpoint, Prompt, Tokens, ToolFormat, common_prefix
 from keepwarm.core.request import Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
 from keepwarm.engine import SpecialToken, Tokenizer
 

@@ -11,6 +11,13 @@ from keepwarm.core.request import Sampling
 Tokens = NDArray[np.int32]  # shape (n_tokens,)
 
 
+def common_prefix(left: Tokens, right: Tokens) -> int:
+    """How many tokens two sequences share from the start."""
+    n = min(len(left), len(right))
+    differ = np.flatnonzero(left[:n] != right[:n])
+    return int(differ[0]) if len(differ) else n
+
+
 class Prompt(Struct, frozen=True):
     """A rendered, tokenised prompt of one tenant.
 

@@ -25,11 +25,10 @@ from keepwarm.core.event import (
     TokenLogprob,
     Usage,
 )
-from keepwarm.core.prompt import Plan, Prompt
+from keepwarm.core.prompt import Plan, Prompt, common_prefix
 from keepwarm.engine.chunks import Piece, level_rows, next_rows, pieces, usable
 from keepwarm.engine.model import DecodeStep, GrammarFault, Model, ModelFault, Sampler
 from keepwarm.engine.output import OutputReader
-from keepwarm.engine.prefix import common_length
 from keepwarm.engine.reuse import Match, Store
 from keepwarm.engine.scheduler import Abandon, Admit, Decode, Pace, Phase, Prefill, View, decide, rows_within
 from keepwarm.engine.snapshot_index import cut_at
@@ -305,7 +304,7 @@ class EngineCore:
         for other in self._runs.values():
             if other.stream is None or not other.plan.store or other.prompt.tenant != run.prompt.tenant:
                 continue
-            n = common_length(other.prompt.tokens, run.prompt.tokens)
+            n = common_prefix(other.prompt.tokens, run.prompt.tokens)
             n = n if run.plan.read_end is None else min(n, run.plan.read_end)
             n = usable(n, run.parts, self._store.granularity, want_logits=want_logits)
             if n > best_n and self._store.n_missing(other.prompt, n):

@@ -75,13 +75,6 @@ class DoubleInsert(Exception):
     """Our bug: a block was added where one stands."""
 
 
-def common_length(a: Tokens, b: Tokens) -> int:
-    """How many tokens two sequences share from the start."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
-
-
 def extents(parts: Sequence[Piece], n_tokens: int) -> Iterator[Missing]:
     """The blocks that hold the first `n_tokens` of a prompt."""
     for piece in parts:

@@ -8,9 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from keepwarm.core.prompt import Prompt
+from keepwarm.core.prompt import Prompt, common_prefix
 from keepwarm.engine.chunks import storable, usable
-from keepwarm.engine.prefix import common_length
 from keepwarm.engine.scripted import ScriptedModel
 from keepwarm.engine.selftest import layout_of
 from keepwarm.engine.store import NoRoom, PrefixStore, slot_bytes
@@ -91,7 +90,7 @@ class StoreMachine(RuleBasedStateMachine):
     def hold(self, prompt, want_logits):
         held = self.store.hold(prompt, want_logits=want_logits)
         cold = self.cold(prompt)
-        best = max((common_length(cold, known) for known in self.stored[prompt.tenant]), default=0)
+        best = max((common_prefix(cold, known) for known in self.stored[prompt.tenant]), default=0)
         parts, g = self.store.pieces(prompt), self.store.granularity
         if want_logits:  # without logits an open remainder is never read, whatever its bits
             expected = usable(best, parts, g, want_logits=True)

@@ -16,11 +16,11 @@ from keepwarm.cache.encode import (
     Sentinels,
     Shield,
     choose_sentinels,
-    common_prefix,
     unweave,
     weave,
 )
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.prompt import common_prefix
 from keepwarm.engine import SpecialToken
 from tests.tokenizers import SPECIALS, ByteTokenizer, WordTokenizer, naive_encode
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from keepwarm.core.prompt import common_prefix
 from keepwarm.engine.chunks import pieces
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.layout import BLOCK_TOKENS
-from keepwarm.engine.prefix import DoubleInsert, Gone, Missing, PrefixIndex, block_key, common_length, extents, root_key
+from keepwarm.engine.prefix import DoubleInsert, Gone, Missing, PrefixIndex, block_key, extents, root_key
 from tests.unit.engine.conftest import tokens
 
 ROOT = root_key("model", "a")
@@ -278,7 +279,7 @@ def test_a_root_that_lost_everything_can_be_used_again():
     assert found(index, tokens(64)) == 64
 
 
-def test_common_length():
+def test_common_prefix():
     a = np.array([1, 2, 3], np.int32)
-    assert [common_length(a, a), common_length(a, a[:2]), common_length(a[:0], a)] == [3, 2, 0]
-    assert common_length(a, np.array([1, 5, 3], np.int32)) == 1
+    assert [common_prefix(a, a), common_prefix(a, a[:2]), common_prefix(a[:0], a)] == [3, 2, 0]
+    assert common_prefix(a, np.array([1, 5, 3], np.int32)) == 1
