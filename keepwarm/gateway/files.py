@@ -21,6 +21,7 @@ from keepwarm.documents.extraction import ReaderFault
 from keepwarm.gateway.file_disk import FileDisk
 from keepwarm.gateway.file_rows import FileRows
 from keepwarm.gateway.reading import Reading
+from keepwarm.gateway.ticking import tick_forever
 from keepwarm.gateway.uploads import Quota, Upload, Uploads, check_turn, disk_fault
 from keepwarm.telemetry import Log
 
@@ -166,13 +167,7 @@ class Files:
 
     async def tick_forever(self) -> None:
         """Sweep now and then."""
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                await self.tick()
-            except ApiError as error:
-                if error.kind is not ErrorKind.OVERLOADED:  # the database is busy: the next tick does it
-                    raise
+        await tick_forever(self.tick, SWEEP_S)
 
     async def tick(self) -> None:
         """Remove what the clock has expired: files, and uploads that nobody goes on with."""

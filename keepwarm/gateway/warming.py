@@ -29,6 +29,7 @@ from keepwarm.engine import Engine, EngineState
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.stream import closing, internal_error
+from keepwarm.gateway.ticking import tick_forever
 from keepwarm.gateway.warmup import WarmUp
 from keepwarm.telemetry import where
 
@@ -291,13 +292,7 @@ class Warming:
 
     async def tick_forever(self) -> None:
         """The one periodic task."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            try:
-                await self.tick()
-            except ApiError as error:
-                if error.kind is not ErrorKind.OVERLOADED:  # the database is busy: the next tick does it
-                    raise
+        await tick_forever(self.tick, TICK_S)
 
     async def tick(self) -> None:
         """Expire what the clock has expired and give back the pins of objects that are no longer live."""
