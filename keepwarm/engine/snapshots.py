@@ -26,6 +26,7 @@ from keepwarm.engine.chunks import Piece, pieces, storable
 from keepwarm.engine.disk import DiskTier
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.governor import pool
+from keepwarm.engine.leasebook import LeaseBook
 from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model, ModelFault
@@ -93,17 +94,18 @@ class SnapshotStore:
             policy(policy_name, ram.bytes_total // BYTES_TYPICAL + 1),
             policy(policy_name, disk_bytes // BYTES_TYPICAL + 1),
         )
-        self._pins: dict[str, Snapshot] = {}
         self._lock = threading.Lock()
         self._ram_writes = threading.Lock()  # taken before `_lock`: room that was made is used before more is
         self._reader = ThreadPoolExecutor(1, "read")
         self._reading: dict[bytes, Future[None]] = {}
         self._scratch = np.empty(0, np.uint8)
         self._durable: SnapshotDisk | None = None
+        held: dict[str, Snapshot] = {}
         if disk:
             self._durable = SnapshotDisk(self._index, self._lock, ram, *disk, self._clock)
             with self._lock:
-                self._pins = self._durable.recover()
+                held = self._durable.recover()
+        self._leases = LeaseBook(self._lock, self._unpin, self._durable, held)
 
     # --- find and lock
 
@@ -204,7 +206,7 @@ class SnapshotStore:
             if not snapshot.disk_bytes:
                 return  # told already
             self._index.put(snapshot, self._clock.monotonic(), disk_bytes=0)
-            told = [] if snapshot.in_ram else [pin for pin, leased in self._pins.items() if leased is snapshot]
+            told = [] if snapshot.in_ram else [pin for pin, leased in self._leases.items() if leased is snapshot]
         for pin in told:
             self.on_damage(pin)
 
@@ -356,35 +358,23 @@ class SnapshotStore:
     def _pin(self, pin: str, snapshot: Snapshot) -> None:
         with self._lock:
             self._index.pin(snapshot, self._clock.monotonic())
-            self._unpin(pin)
-            self._pins[pin] = snapshot
+            self._leases.keep(pin, snapshot)
 
     def make_durable(self, pin: str, done: Done) -> None:
         """Call `done`, possibly from another thread, when the pinned state is on disk (at once without a disk tier)."""
-        with self._lock:
-            snapshot = self._pins.get(pin)
-            if self._durable and snapshot is not None:
-                self._durable.lease(pin, snapshot, done)
-                return
-        done(None)
+        self._leases.make_durable(pin, done)
 
     def unpin(self, pin: str) -> None:
         """Give a pinned snapshot back to eviction. Unknown pins are no error."""
-        with self._lock:
-            if self._durable and pin in self._pins:
-                self._durable.drop(pin)
-            self._unpin(pin)
+        self._leases.end(pin)
 
-    def _unpin(self, pin: str) -> None:
-        snapshot = self._pins.pop(pin, None)
-        if snapshot is not None:
-            self._index.unpin(snapshot, self._clock.monotonic())
+    def _unpin(self, snapshot: Snapshot) -> None:
+        self._index.unpin(snapshot, self._clock.monotonic())
 
     @property
     def pins(self) -> tuple[str, ...]:
         """What is leased: after the start, the leases that are whole."""
-        with self._lock:
-            return tuple(self._pins)
+        return self._leases.pins
 
     # --- budgets
 
@@ -435,7 +425,7 @@ class SnapshotStore:
                 ),
             ),
             policy=self.policy_name,
-            n_leases=len(self._pins),
+            n_leases=len(self._leases),
             n_hits_host=counters.hits_host,
             n_hits_disk=counters.hits_disk,
             n_misses=counters.misses,
@@ -463,4 +453,4 @@ class SnapshotStore:
         with self._lock:
             self._index.check_integrity()
             self._status()
-            assert all(leased.pins for leased in self._pins.values())
+            assert all(leased.pins for _, leased in self._leases.items())

@@ -28,6 +28,7 @@ from keepwarm.engine.durable import Durable
 from keepwarm.engine.eviction import policy
 from keepwarm.engine.governor import pool
 from keepwarm.engine.layout import BLOCK_TOKENS, Assembler, Layout, cut, parse
+from keepwarm.engine.leasebook import LeaseBook
 from keepwarm.engine.leasefile import LeaseFiles
 from keepwarm.engine.memory import touched
 from keepwarm.engine.model import Blob, Model
@@ -117,7 +118,6 @@ class PrefixStore:
         self.policy_name = policy_name
         n_disk = disk[0].bytes_total // tier.slot_bytes if disk else 1
         self._index = PrefixIndex(policy(policy_name, max(tier.n_slots, 1)), policy(policy_name, max(n_disk, 1)))
-        self._pins: dict[str, Sequence[Node]] = {}
         self._lock = threading.Lock()
         self._assembled: _Assembled | None = None
         self._pool = ThreadPoolExecutor(2, "assemble")
@@ -128,11 +128,13 @@ class PrefixStore:
         self.on_damage: Callable[[str], None] = lambda _pin: None
         self._durable: Durable | None = None
         self._reading: Reading | None = None
+        held: dict[str, Sequence[Node]] = {}
         if disk:
             self._durable = Durable(self._index, self._lock, tier, *disk, self._clock)
             self._reading = Reading(disk[0], self.speeds, self._clock)
             with self._lock:
-                self._pins = self._durable.recover(layout.cell_bytes)
+                held = self._durable.recover(layout.cell_bytes)
+        self._leases = LeaseBook(self._lock, self._index.unpin, self._durable, held)
 
     # --- find and lock
 
@@ -228,7 +230,7 @@ class PrefixStore:
         if not node.disk_bytes:
             return []  # told already
         self._index.leave_disk(node)
-        return [pin for pin, nodes in self._pins.items() if node in nodes]
+        return [pin for pin, nodes in self._leases.items() if node in nodes]
 
     def n_unread(self, held: Held) -> int:
         """Tokens of a match that are not in host RAM yet."""
@@ -345,8 +347,7 @@ class PrefixStore:
                     if len(path) < len(have.nodes) + len(wanted):
                         raise NoRoom(len(wanted) * self._tier.slot_bytes, self._tier.n_free * self._tier.slot_bytes)
                     self._index.pin(path)
-                    self._unpin(pin)
-                    self._pins[pin] = self._index.keep(path)
+                    self._leases.keep(pin, self._index.keep(path))
                 elif self._durable and any(self._durable.is_ghost(node) for node in path[len(have.nodes) :]):
                     self._durable.admit(path)
                 elif self._durable:
@@ -455,30 +456,16 @@ class PrefixStore:
 
     def make_durable(self, pin: str, done: Done) -> None:
         """Call `done`, possibly from another thread, when the pinned prefix is on disk (at once without a disk tier)."""
-        with self._lock:
-            nodes = self._pins.get(pin)
-            if self._durable and nodes is not None:
-                self._durable.lease(pin, nodes, done)
-                return
-        done(None)
+        self._leases.make_durable(pin, done)
 
     def unpin(self, pin: str) -> None:
         """Give a pinned prefix back to eviction. Unknown pins are no error."""
-        with self._lock:
-            if self._durable and pin in self._pins:
-                self._durable.drop(pin)
-            self._unpin(pin)
-
-    def _unpin(self, pin: str) -> None:
-        nodes = self._pins.pop(pin, None)
-        if nodes:
-            self._index.unpin(nodes)
+        self._leases.end(pin)
 
     @property
     def pins(self) -> tuple[str, ...]:
         """What is leased: after the start, the leases that are whole."""
-        with self._lock:
-            return tuple(self._pins)
+        return self._leases.pins
 
     # --- budgets
 
@@ -532,7 +519,7 @@ class PrefixStore:
         status = StoreStatus(
             pools=(host,),
             policy=self.policy_name,
-            n_leases=len(self._pins),
+            n_leases=len(self._leases),
             n_hits_host=counters.hits_host,
             n_hits_disk=counters.hits_disk,
             n_misses=counters.misses,
