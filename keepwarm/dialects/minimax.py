@@ -10,29 +10,23 @@ In a stream `reasoning_details` holds what is new, as the service sends it; Mini
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from keepwarm.core.errors import ApiError
 from keepwarm.core.request import Message, TextPart
-from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
+from keepwarm.dialects import Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody
-from keepwarm.dialects.openai import DEFAULT_TEMPERATURE, FUNCTION_NAME
+from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.dialects.openai_answer import (
-    CHAT_ID_PREFIX,
     THINK,
     THINK_END,
     AnswerForm,
     ChatRenderer,
     digest_call_id,
 )
-from keepwarm.dialects.openai_error import OPENAI_ERRORS, error_reply
-from keepwarm.dialects.openai_model import openai_model, render_model_list
 from keepwarm.dialects.openai_request import (
     ChatCompletionRequest,
     ChatMessage,
-    RequestRules,
     neutral_messages,
     neutral_request,
     parsed_chat,
@@ -74,24 +68,20 @@ class MiniMaxParsed(Parsed, frozen=True):
     split: bool = False
 
 
-class MiniMaxChat:
-    """`ChatDialect` for MiniMax's POST /chat/completions, and its models list."""
+class MiniMaxChat(OpenAIChat):
+    """`ChatDialect` for MiniMax's POST /chat/completions; errors, models list and what goes with them are OpenAI's."""
 
     name = "minimax"
-    id_prefix = CHAT_ID_PREFIX
-    keepalive: Frame | None = None
 
     def __init__(self, bounds: WireBounds) -> None:
-        one_answer = replace(bounds, choices_max=min(bounds.choices_max, CHOICES_MAX))
-        self._rules = RequestRules(one_answer, DEFAULT_TEMPERATURE, FUNCTION_NAME)
-        self._body = JsonBody(MiniMaxChatCompletionRequest)
-        self._encoder = msgspec.json.Encoder()
+        super().__init__(replace(bounds, choices_max=min(bounds.choices_max, CHOICES_MAX)))
+        self._minimax_body = JsonBody(MiniMaxChatCompletionRequest)
         self._tags = AnswerForm(self.render_error, digest_call_id, total_characters=True, reasoning="tags")
         self._details = replace(self._tags, reasoning="reasoning_details")
 
     def parse_chat(self, headers: Mapping[str, str], body: bytes) -> MiniMaxParsed:  # noqa: ARG002 (the protocol's)
         """Raises ApiError(INVALID_REQUEST) with the path of the offending field. No header has a meaning here."""
-        wire = self._body.decode(body)
+        wire = self._minimax_body.decode(body)
         require_messages(wire.messages, self._rules.bounds)
         wire = replace(wire, presence_penalty=None, frequency_penalty=None, logit_bias=None)
         parsed = parsed_chat(wire, neutral_request(wire, minimax_messages(wire.messages), self._rules))
@@ -100,21 +90,6 @@ class MiniMaxChat:
     def renderer(self, parsed: Parsed, identity: Identity) -> ChatRenderer:
         is_split = isinstance(parsed, MiniMaxParsed) and parsed.split
         return ChatRenderer(parsed, identity, self._details if is_split else self._tags, self._encoder)
-
-    def reply_headers(self, report: CacheReport) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 (the protocol's)
-        """None: MiniMax has no cache objects."""
-        return ()
-
-    def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)
-        return error_reply(OPENAI_ERRORS, error)
-
-    def render_model(self, name: str, created: int, n_ctx: int | None) -> bytes:
-        """The body of GET /models/{name}. `n_ctx` None: not known yet, the member is absent."""
-        return self._encoder.encode(openai_model(name, created, n_ctx))
-
-    def render_models(self, names: Sequence[str], created: int, n_ctx: int | None) -> bytes:
-        """The body of GET /models."""
-        return render_model_list([openai_model(name, created, n_ctx) for name in names])
 
 
 def minimax_messages(messages: Sequence[MiniMaxMessage]) -> tuple[Message, ...]:
