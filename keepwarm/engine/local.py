@@ -188,18 +188,22 @@ class LocalEngine:
         self._damaged.clear()  # the new process says what is whole
         await self._set(EngineStatus(EngineState.STARTING, epoch, "starting the engine process"))
         environment = await asyncio.to_thread(self._config.engine_environment)  # counts cores: reads files
-        ours, theirs = socket.socketpair()
         log = await asyncio.to_thread(self._open_log)
+        ours, theirs = socket.socketpair()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "keepwarm.engine.worker", str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=log,
-                env=environment,
-            )  # fmt: skip
-        finally:
-            theirs.close()
-            log.close()
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 22)
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "keepwarm.engine.worker", str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL, stderr=log,
+                    env=environment,
+                )  # fmt: skip
+            finally:
+                theirs.close()
+                log.close()
+            reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 22)
+        except BaseException:  # a stop in the middle of the start, too: nothing else owns this end yet
+            ours.close()
+            raise
         self._heard_at = self._clock.monotonic()
         self._send(Configure(self._config, epoch, self._template_digest))
         try:

@@ -1,8 +1,10 @@
 """The gateway's side of the engine, with the scripted model in a real process: turns, cancelling, crashes, refusals."""
 
 import asyncio
+import gc
 import os
 import signal
+import warnings
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import msgspec
@@ -312,6 +314,22 @@ async def test_what_cannot_be_loaded_is_an_engine_fault(tmp_path):
         with pytest.raises(EngineFault, match="no model file at") as caught:
             await engine.supervise()
     assert missing in str(caught.value)
+    assert worker_pids() == []
+
+
+@pytest.mark.parametrize("cancelled_s", [0.0, 0.001, 0.003, 0.01, 0.03, 0.1])
+async def test_a_start_that_is_given_up_leaves_no_socket_open(config, cancelled_s):
+    """An open one is a ResourceWarning when it is collected."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = LocalEngine(config, "template", SystemClock(), RandomIds())
+        supervisor = asyncio.create_task(engine.supervise())
+        await asyncio.sleep(cancelled_s)
+        supervisor.cancel()
+        await asyncio.wait([supervisor])
+        del engine, supervisor
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
     assert worker_pids() == []
 
 
