@@ -146,3 +146,15 @@ def start(tmp_path):
     yield start_one
     for one in running:
         one.stop()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """One server with the scripted model for a module; a key makes a tenant with objects of its own."""
+    folder = tmp_path_factory.mktemp("serve")
+    one = launch(folder / "config", SCRIPTED, folder / "data")
+    try:
+        one.wait_ready()
+        yield one
+    finally:
+        one.stop()

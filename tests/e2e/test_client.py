@@ -14,7 +14,6 @@ import openai
 import pytest
 
 from keepwarm.client import AsyncCacheBook, CacheBook, Form, Knowledge, Policy
-from tests.e2e.conftest import SCRIPTED, launch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 MODEL = "moonshot-v1-8k"
@@ -69,18 +68,6 @@ def ready(book, known, **more):
             return sending
         time.sleep(0.05)
     raise AssertionError("the object was never ready")
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    """One server for the module; every test has a key, so a tenant and objects, of its own."""
-    folder = tmp_path_factory.mktemp("serve")
-    one = launch(folder / "config", SCRIPTED, folder / "data")
-    try:
-        one.wait_ready()
-        yield one
-    finally:
-        one.stop()
 
 
 @pytest.fixture

@@ -10,24 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import SCRIPTED, launch
-
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SHOWN = re.compile(r"\[(?P<cached>[\d,]+) of (?P<prompt>[\d,]+) prompt tokens from the cache\]")
 N_QUESTIONS_MAX = 200
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve")
-    one = launch(folder / "config", SCRIPTED, folder / "data")
-    try:
-        one.wait_ready()
-        yield one
-    finally:
-        one.stop()
 
 
 @pytest.fixture
