@@ -5,8 +5,7 @@ acknowledged survives `kill -9` and a power cut. A call whose awaiter was cancel
 Every transaction begins IMMEDIATE: a read followed by a write can then never fail half-way because another process
 (`keepwarm keys`, `keepwarm caches`) wrote in between. The file is readable by its owner only.
 
-This module knows tables and transactions; what the rows mean is in cache/objects.py, gateway/auth.py,
-gateway/breakpoints.py and gateway/file_rows.py.
+The tables are in tables.py; what their rows mean is in the modules that read them.
 """
 
 import asyncio
@@ -31,118 +30,6 @@ DATABASE_NAME = "keepwarm.db"
 MIGRATIONS = Path(__file__).parent / "migrations"
 JOBS_MAX = 256  # calls handed to the worker thread; more wait before it. Four times the turns admitted by default
 RETRY_AFTER_S = 1
-
-METADATA = sa.MetaData(
-    naming_convention={
-        "ix": "%(table_name)s_%(column_0_N_name)s_ix",
-        "uq": "%(table_name)s_%(column_0_N_name)s_key",
-        "fk": "%(table_name)s_%(column_0_N_name)s_fk",
-        "pk": "%(table_name)s_pk",
-    }
-)
-
-api_keys = sa.Table(
-    "api_keys",
-    METADATA,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column(
-        "digest", sa.LargeBinary, nullable=False, unique=True
-    ),  # of the whole key; the key itself is never stored
-    sa.Column("last4", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("revoked_at", sa.Integer),
-)
-sa.Index(  # a revoked key's name may be given to its successor
-    "api_keys_live_name_ix",
-    api_keys.c.name,
-    unique=True,
-    sqlite_where=api_keys.c.revoked_at.is_(None),
-    postgresql_where=api_keys.c.revoked_at.is_(None),
-)
-
-cache_objects = sa.Table(
-    "cache_objects",
-    METADATA,
-    sa.Column("seq", sa.Integer, primary_key=True),  # order of creation within a second
-    sa.Column("id", sa.Text, nullable=False, unique=True),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("generation", sa.Integer, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("expires_at", sa.Integer, nullable=False),
-    sa.Column("n_tokens", sa.Integer, nullable=False),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("description", sa.Text, nullable=False),
-    sa.Column("metadata", sa.LargeBinary),  # JSON, pairs in the client's order; NULL is unset, which is not empty
-    sa.Column("error", sa.Text),
-    # The big columns last: SQLite reads a row's pages from the front.
-    sa.Column("tools", sa.LargeBinary, nullable=False),
-    sa.Column("messages", sa.LargeBinary, nullable=False),
-    # Added later, so they stand behind the big ones; no scan over many rows reads them: dialect is in the indexes.
-    sa.Column("dialect", sa.Text, nullable=False, server_default="kimi"),
-    sa.Column("tool_choice", sa.LargeBinary),  # JSON; NULL: the model chooses
-    sa.Column("early_ns", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("updated_at", sa.Integer),
-    sa.UniqueConstraint("tenant", "id"),  # what cache_tags refers to
-    sa.Index("cache_objects_tenant_dialect_created_at_seq_ix", "tenant", "dialect", "created_at", "seq"),
-    sa.Index("cache_objects_status_expires_at_dialect_ix", "status", "expires_at", "dialect"),
-    sqlite_autoincrement=True,
-)
-
-cache_tags = sa.Table(
-    "cache_tags",
-    METADATA,
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("tag", sa.Text, nullable=False),
-    sa.Column("object_id", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.UniqueConstraint("tenant", "tag"),
-    # The tenant is part of the reference, so a tag cannot point at another tenant's object.
-    sa.ForeignKeyConstraint(["tenant", "object_id"], [cache_objects.c.tenant, cache_objects.c.id], ondelete="CASCADE"),
-    sa.Index("cache_tags_tenant_created_at_seq_ix", "tenant", "created_at", "seq"),
-    sa.Index("cache_tags_tenant_object_id_ix", "tenant", "object_id"),
-    sqlite_autoincrement=True,
-)
-
-breakpoints = sa.Table(
-    "breakpoints",
-    METADATA,
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("digest", sa.LargeBinary, nullable=False),  # of the prefix's tokens and all its state depends on
-    sa.Column("n_tokens", sa.Integer, nullable=False),
-    sa.Column("position", sa.Integer, nullable=False),
-    sa.Column("ttl_s", sa.Integer, nullable=False),
-    sa.Column("expires_at", sa.Float, nullable=False),
-    sa.PrimaryKeyConstraint("tenant", "digest"),
-    sa.Index("breakpoints_expires_at_ix", "expires_at"),
-)
-
-files = sa.Table(
-    "files",
-    METADATA,
-    sa.Column("seq", sa.Integer, primary_key=True),  # order of creation
-    sa.Column("id", sa.Text, nullable=False),
-    sa.Column("tenant", sa.Text, nullable=False),
-    sa.Column("dialect", sa.Text, nullable=False),
-    sa.Column("key", sa.Text, nullable=False, unique=True),  # its name on disk
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("media_type", sa.Text, nullable=False),
-    sa.Column("n_bytes", sa.Integer, nullable=False),
-    sa.Column("sha256", sa.LargeBinary, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("updated_at", sa.Float, nullable=False),
-    sa.Column("expires_at", sa.Float),  # NULL: never
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("error", sa.Text),
-    sa.UniqueConstraint("tenant", "id"),
-    sa.Index("files_tenant_dialect_seq_ix", "tenant", "dialect", "seq"),
-    sa.Index("files_expires_at_ix", "expires_at"),
-    sqlite_autoincrement=True,
-)
 
 
 class StorageError(Exception):

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from keepwarm.core.cache_object import NS_PER_S, CacheObject, Cause, ObjectStatus, Page, Tag, Walk, next_status
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Message, ObjectDialect, Tool, ToolChoice
-from keepwarm.storage import Storage, cache_objects, cache_tags
+from keepwarm.storage import Storage
+from keepwarm.tables import cache_objects, cache_tags
 
 Pairs = tuple[tuple[str, str], ...]
 

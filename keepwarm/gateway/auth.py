@@ -16,19 +16,15 @@ from msgspec import Struct
 
 from keepwarm.core.clock import Ids
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.storage import Storage, api_keys
+from keepwarm.core.principal import Principal, Role
+from keepwarm.storage import Storage
+from keepwarm.tables import api_keys
 
 KEY_PREFIX = "sk-kw-"
 DIGEST_BYTES = 32
 DEV_TENANT_CHARS = 16
+DEFAULT_PROJECT = "default"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
-
-
-class Principal(Struct, frozen=True):
-    """Who a request is done for. The tenant owns what is cached."""
-
-    tenant: str
-    key_name: str
 
 
 class KeyInfo(Struct, frozen=True):
@@ -58,7 +54,8 @@ class DevAuth:
 
     async def principal(self, authorization: str | None) -> Principal:
         key = bearer(authorization)
-        return Principal(tenant="dev-" + digest(key).hex()[:DEV_TENANT_CHARS], key_name="dev")
+        tenant = "dev-" + digest(key).hex()[:DEV_TENANT_CHARS]
+        return Principal(tenant, tenant, DEFAULT_PROJECT, None, "dev", Role.OPERATOR)
 
 
 class KeyAuth:
@@ -73,7 +70,7 @@ class KeyAuth:
         row = await self._storage.run(lambda connection: connection.execute(query).one_or_none())
         if row is None or not compare_digest(row.digest, wanted):
             raise ApiError(ErrorKind.UNAUTHENTICATED, "this API key is unknown or was revoked")
-        return Principal(tenant=row.tenant, key_name=row.name)
+        return Principal(row.organisation, row.organisation, row.project, row.seq, row.name, Role(row.role))
 
 
 class Keys:
@@ -97,7 +94,7 @@ class Keys:
         key = KEY_PREFIX + self._ids.new("") + self._ids.new("")
         values = {
             "name": name,
-            "tenant": owner,
+            "organisation": owner,
             "digest": digest(key),
             "last4": key[-4:],
             "created_at": int(now),
@@ -122,7 +119,7 @@ class Keys:
 
         def read(connection: sa.Connection) -> list[KeyInfo]:
             return [
-                KeyInfo(row.name, row.tenant, row.last4, row.created_at, row.revoked_at)
+                KeyInfo(row.name, row.organisation, row.last4, row.created_at, row.revoked_at)
                 for row in connection.execute(query)
             ]
 

@@ -22,7 +22,8 @@ from keepwarm.cache.breakpoints import Chosen, Entry, choose
 from keepwarm.cache.render import Built
 from keepwarm.core.errors import ApiError
 from keepwarm.gateway.runtime import Runtime
-from keepwarm.storage import Storage, breakpoints
+from keepwarm.storage import Storage
+from keepwarm.tables import breakpoints
 
 ENTRIES_PER_TENANT_MAX = 2048  # a coding agent leaves two a turn. Each costs a marked request 2 µs, and half a kilobyte
 ENTRIES_DROPPED = 256  # at once, so that a full tenant is not sorted for every request

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from msgspec.structs import asdict, replace
 
 from keepwarm.core.file import FileState, StoredFile
-from keepwarm.storage import Storage, files
+from keepwarm.storage import Storage
+from keepwarm.tables import files
 
 
 class FileRows:

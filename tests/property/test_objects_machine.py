@@ -22,7 +22,8 @@ from keepwarm.cache.objects import Objects
 from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag, Walk
 from keepwarm.core.errors import ApiError
 from keepwarm.core.request import Message, ObjectDialect, TextPart, ToolChoice, ToolMode
-from keepwarm.storage import Storage, cache_objects, database_path
+from keepwarm.storage import Storage, database_path
+from keepwarm.tables import cache_objects
 
 T = TypeVar("T")
 

@@ -19,16 +19,8 @@ from alembic.migration import MigrationContext
 
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Mark, Message, TextPart, ToolCall
-from keepwarm.storage import (
-    METADATA,
-    MIGRATIONS,
-    Storage,
-    StorageError,
-    api_keys,
-    cache_objects,
-    cache_tags,
-    database_path,
-)
+from keepwarm.storage import MIGRATIONS, Storage, StorageError, database_path
+from keepwarm.tables import METADATA, api_keys, cache_objects, cache_tags
 
 WRITER = Path(__file__).parent / "storage_writer.py"
 
@@ -46,7 +38,7 @@ def storage(path: Path) -> Iterator[Storage]:
 
 
 def add_key(connection: sa.Connection, name: str) -> None:
-    values = {"name": name, "tenant": "t", "digest": name.encode(), "last4": "abcd", "created_at": 1}
+    values = {"name": name, "organisation": "t", "digest": name.encode(), "last4": "abcd", "created_at": 1}
     connection.execute(sa.insert(api_keys).values(values))
 
 

@@ -9,7 +9,8 @@ from keepwarm.cache.objects import Objects, after
 from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
-from keepwarm.storage import Storage, cache_objects, cache_tags, database_path
+from keepwarm.storage import Storage, database_path
+from keepwarm.tables import cache_objects, cache_tags
 
 ALICE, BOB = "alice", "bob"
 MESSAGES = (

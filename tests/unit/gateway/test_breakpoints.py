@@ -18,7 +18,8 @@ from keepwarm.cache.render import Built
 from keepwarm.core.prompt import Breakpoint, Prompt
 from keepwarm.gateway.breakpoints import ENTRIES_DROPPED, RENEWAL_S, Breakpoints
 from keepwarm.gateway.runtime import Runtime
-from keepwarm.storage import Storage, breakpoints, database_path
+from keepwarm.storage import Storage, database_path
+from keepwarm.tables import breakpoints
 from tests.world import CountingIds, FakeClock, capturing_log, until
 
 pytestmark = pytest.mark.anyio
