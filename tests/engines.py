@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ChoiceFinished, Event, Finished, Started, TextDelta, Timings, Usage
 from keepwarm.core.prompt import Lease, Plan, Prompt
-from keepwarm.engine import EngineState, EngineStatus, ModelInfo, StoreStatus
+from keepwarm.engine import Counts, EngineState, EngineStatus, ModelInfo, StoreStatus
 
 Script = Callable[[Plan], Sequence[Event]]
 N_CTX = 2048
@@ -46,6 +46,15 @@ def says(*texts: str, cache_read: int = 0, reason: str = "stop") -> Script:
         ]
 
     return script
+
+
+def counted(plan: Plan, said: Sequence[Event]) -> Usage:
+    """What a run that said this had evaluated and produced: nothing before it started."""
+    started = next((event for event in said if isinstance(event, Started)), None)
+    if started is None:
+        return Usage(0, 0, 0, 0)
+    n_output = sum(isinstance(event, TextDelta) for event in said)
+    return started.usage or Usage(started.n_prompt - started.cache_read, started.cache_read, 0, n_output)
 
 
 class StepEngine:
@@ -92,7 +101,7 @@ class StepEngine:
         finally:
             self.leases.discard(lease.lease_id)
 
-    async def run(self, plan: Plan) -> AsyncGenerator[Event, None]:
+    async def run(self, plan: Plan, counts: Counts | None = None) -> AsyncGenerator[Event, None]:
         self._require_ready()
         if self.overloaded:
             raise ApiError(ErrorKind.OVERLOADED, "8 turns are queued, limit 8", retry_after_s=2)
@@ -100,10 +109,12 @@ class StepEngine:
         assert plan.turn_id not in self.running
         self.running.add(plan.turn_id)
         ended = False
+        said: list[Event] = []
         try:
             for event in self.script(plan):
                 await self._step()
                 ended = isinstance(event, Finished)
+                said.append(event)
                 if ended and plan.pin_id is not None:
                     self.pins.add(plan.pin_id)
                 yield event
@@ -111,6 +122,8 @@ class StepEngine:
             self.running.discard(plan.turn_id)
             if not ended:
                 self.cancelled.append(plan.turn_id)
+                if counts is not None and not counts.done():
+                    counts.set_result(counted(plan, said))
 
     async def drop(self, pin_id: str) -> None:
         self._require_ready()

@@ -4,6 +4,7 @@
 these protocols, not which engine is behind them.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from keepwarm.core.event import Event
+from keepwarm.core.event import Event, Usage
 from keepwarm.core.prompt import Lease, Plan, Prompt
 
 
@@ -91,6 +92,9 @@ class EngineStatus(Struct, frozen=True):
     store: StoreStatus | None = None  # None: caching is off
 
 
+Counts = asyncio.Future[Usage | None]
+
+
 class Engine(Protocol):
     """Runs plans. Every `run` ends in exactly one terminal event or, if its consumer goes away, in a cancelled turn."""
 
@@ -98,8 +102,12 @@ class Engine(Protocol):
         """Find and lock the longest stored prefix. Raises ApiError(ENGINE_DOWN)."""
         ...
 
-    def run(self, plan: Plan) -> AsyncIterator[Event]:
-        """Run one plan. Closing the iterator cancels the turn within one step. Raises ApiError(ENGINE_DOWN, OVERLOADED)."""
+    def run(self, plan: Plan, counts: Counts | None = None) -> AsyncIterator[Event]:
+        """Run one plan. Closing the iterator cancels the turn within one step. Raises ApiError(ENGINE_DOWN, OVERLOADED).
+
+        `counts` is set after the iterator was closed before its terminal event: to what had been evaluated and produced by
+        then, or None if the engine is not there to tell.
+        """
         ...
 
     async def drop(self, pin_id: str) -> None:

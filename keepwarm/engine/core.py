@@ -184,10 +184,16 @@ class EngineCore:
         self._runs[plan.turn_id] = run
 
     def cancel(self, turn_id: str) -> None:
-        """The turn's reader is gone: keep what was evaluated, give the rest back, say nothing. Unknown ids are no error."""
+        """The turn's reader is gone: keep what was evaluated, give the rest back, tell the counts.
+
+        An unknown id is no error: that run has told its end already.
+        """
         run = self._runs.get(turn_id)
         if run is not None:
+            usage = run.usage()
             self._leave(run)
+            self._tell(turn_id, Failed(ErrorKind.CLIENT_CLOSED, "the turn was cancelled", usage))
+            self._flush()
 
     def drop(self, pin_id: str) -> None:
         """End a cache object's lease."""

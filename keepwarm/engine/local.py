@@ -19,9 +19,9 @@ from msgspec.structs import replace
 from keepwarm.config import Config
 from keepwarm.core.clock import Clock, Ids
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.event import Event, Failed, Finished
+from keepwarm.core.event import Event, Failed, Finished, Usage
 from keepwarm.core.prompt import Lease, Plan, Prompt
-from keepwarm.engine import EngineState, EngineStatus, Tokenizer
+from keepwarm.engine import Counts, EngineState, EngineStatus, Tokenizer
 from keepwarm.engine.scripted import ScriptedVocab
 from keepwarm.engine.wire import (
     Cancel,
@@ -80,6 +80,8 @@ class LocalEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._turns: dict[str, asyncio.Queue[Event]] = {}
+        self._overrun: set[str] = set()  # turns ended since their events were not read; the engine has not answered yet
+        self._cancelled: dict[str, Counts] = {}  # runs given up whose counts somebody waits for
         self._leases: dict[str, asyncio.Future[Lease]] = {}
         self._held: frozenset[str] = frozenset()
         self._damaged: dict[str, None] = {}  # in order, each once: no more than there are leases
@@ -137,7 +139,7 @@ class LocalEngine:
             if self._status.state is EngineState.READY:
                 self._send(Release(lease_id))
 
-    async def run(self, plan: Plan) -> AsyncIterator[Event]:
+    async def run(self, plan: Plan, counts: Counts | None = None) -> AsyncIterator[Event]:
         self._need_ready()
         events: asyncio.Queue[Event] = asyncio.Queue(self._config.limits.event_queue_max)
         self._turns[plan.turn_id] = events
@@ -150,8 +152,9 @@ class LocalEngine:
                 yield event
         finally:
             del self._turns[plan.turn_id]
-            if not ended and self._status.state is EngineState.READY:
-                self._send(Cancel(plan.turn_id))
+            self._overrun.discard(plan.turn_id)
+            if not ended:
+                self._cancel(plan.turn_id, counts)
 
     async def drop(self, pin_id: str) -> None:
         if self._status.state is EngineState.READY:  # what another process finds of it is `held_leases`
@@ -254,14 +257,30 @@ class LocalEngine:
 
     def _deliver(self, turn_id: str, event: Event) -> None:
         events = self._turns.get(turn_id)
-        if events is None:
-            return  # cancelled; its last events were already on the way
+        if events is None:  # cancelled; its last events were already on the way
+            if isinstance(event, Finished | Failed):
+                _set(self._cancelled.pop(turn_id, None), event.usage)
+            return
         if events.full():  # the reader has fallen behind: end the turn, do not let its queue grow
             while not events.empty():
                 events.get_nowait()
             self._send(Cancel(turn_id))
-            event = Failed(ErrorKind.CLIENT_CLOSED, f"{events.maxsize:,} events were not read; the turn was cancelled")
+            self._overrun.add(turn_id)
+        if turn_id in self._overrun:
+            if not isinstance(event, Finished | Failed):
+                return
+            message = f"{events.maxsize:,} events were not read; the turn was cancelled"
+            event = Failed(ErrorKind.CLIENT_CLOSED, message, event.usage)
         events.put_nowait(event)
+
+    def _cancel(self, turn_id: str, counts: Counts | None) -> None:
+        """End a run that nobody reads any more. What it says last, be it that it had ended, is what `counts` gets."""
+        if self._status.state is EngineState.READY:
+            if counts is not None:
+                self._cancelled[turn_id] = counts
+            self._send(Cancel(turn_id))
+        else:
+            _set(counts, None)
 
     async def _watch(self) -> None:
         """Kill an engine that has turns and has said nothing for too long, or that does not come up."""
@@ -300,6 +319,9 @@ class LocalEngine:
         failed = Failed(ErrorKind.ENGINE_DOWN, message, retry_after_s=RETRY_AFTER_S)
         for turn_id in list(self._turns):
             self._deliver(turn_id, failed)
+        for counts in self._cancelled.values():
+            _set(counts, None)
+        self._cancelled.clear()
         for waiting in self._leases.values():
             if not waiting.done():
                 waiting.set_exception(ApiError(ErrorKind.ENGINE_DOWN, message, retry_after_s=RETRY_AFTER_S))
@@ -332,3 +354,9 @@ class LocalEngine:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+
+
+def _set(counts: Counts | None, usage: Usage | None) -> None:
+    """Tell who waits for them, unless that one has left."""
+    if counts is not None and not counts.done():
+        counts.set_result(usage)

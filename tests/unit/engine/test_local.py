@@ -150,6 +150,40 @@ async def test_closing_the_iterator_cancels_and_gives_the_stream_back(config):
         assert text_of(await events_of(engine, plan("next")))
 
 
+async def test_a_run_that_is_closed_early_tells_what_it_had_counted(config):
+    async with running(config) as engine:
+        counts = asyncio.get_running_loop().create_future()
+        n_read = 0
+        async with aclosing(engine.run(long_plan("early"), counts)) as events:
+            async for event in events:
+                n_read += isinstance(event, TextDelta)
+                if n_read == 3:
+                    break
+        usage = await counts
+        assert usage.prompt == 300
+        assert 3 <= usage.output < N_LONG
+
+
+async def test_a_run_that_is_closed_before_it_began_used_nothing(config):
+    async with running(config) as engine:
+        counts = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(anext(engine.run(long_plan("early"), counts)))
+        await asyncio.sleep(0)  # it has been sent, and is cancelled in the same breath
+        task.cancel()
+        usage = await counts
+        assert usage.output == 0
+        assert usage.prompt <= 300
+
+
+async def test_the_counts_of_a_run_closed_while_the_engine_dies_are_not_known(config):
+    async with running(config) as engine:
+        counts = asyncio.get_running_loop().create_future()
+        async with aclosing(engine.run(long_plan("early"), counts)) as events:
+            await anext(events)
+            engine.restart()
+        assert await counts is None or counts.result().prompt <= 300
+
+
 async def test_cancelling_the_reader_cancels_the_turn(config):
     async with running(config) as engine:
         reading = [asyncio.ensure_future(events_of(engine, long_plan(f"t{i}"))) for i in range(8)]
@@ -175,6 +209,7 @@ async def test_a_turn_that_is_not_read_is_cancelled_when_its_queue_is_full(tmp_p
             assert isinstance(last, Failed)
             assert last.kind is ErrorKind.CLIENT_CLOSED
             assert "4 events were not read" in last.message
+            assert last.usage.prompt == 300
 
 
 async def test_drop_gives_back_what_was_leased(config):
