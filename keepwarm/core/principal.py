@@ -27,6 +27,9 @@ class Principal(Struct, frozen=True):
     key_name: str
     role: Role
     models: tuple[str, ...] | None = None
+    is_prepaid: bool = False  # the organisation's turns need a balance that covers them
+    tier: str | None = None  # of the organisation's limits; None: the configured default
+    limits: bytes | None = None  # JSON: single limits that differ from the tier's
 
     @property
     def is_billed(self) -> bool:
