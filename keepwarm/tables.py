@@ -67,6 +67,8 @@ cache_objects = sa.Table(
     sa.Column("tool_choice", sa.LargeBinary),  # JSON; NULL: the model chooses
     sa.Column("early_ns", sa.Integer, nullable=False, server_default="0"),
     sa.Column("updated_at", sa.Integer),
+    sa.Column("project", sa.Text),  # who pays, with the key; NULL: made with --dev, or before there was a ledger
+    sa.Column("key_id", sa.Integer),
     sa.UniqueConstraint("tenant", "id"),  # what cache_tags refers to
     sa.Index("cache_objects_tenant_dialect_created_at_seq_ix", "tenant", "dialect", "created_at", "seq"),
     sa.Index("cache_objects_status_expires_at_dialect_ix", "status", "expires_at", "dialect"),

@@ -403,6 +403,8 @@ def _row(obj: CacheObject) -> dict[str, str | int | bytes | None]:
         "tool_choice": None if obj.tool_choice == ToolChoice() else msgspec.json.encode(obj.tool_choice),
         "early_ns": obj.early_ns,
         "updated_at": obj.updated_at,
+        "project": obj.project,
+        "key_id": obj.key_id,
     }
 
 
@@ -426,6 +428,8 @@ def _object(row: sa.Row[tuple[object, ...]]) -> CacheObject:
         tool_choice=ToolChoice() if row.tool_choice is None else msgspec.json.decode(row.tool_choice, type=ToolChoice),
         early_ns=row.early_ns,
         updated_at=row.updated_at,
+        project=row.project,
+        key_id=row.key_id,
     )
 
 

@@ -65,6 +65,7 @@ class CacheObject(Struct, frozen=True):
     `generation` grows with every update, so a computation that was started for an older one is not taken for this one.
     `early_ns`, below a second: it expires that much before `expires_at`, since Gemini's times have nanoseconds.
     `tool_choice` holds in every request that uses the object. `updated_at` None: a client never changed it.
+    `project` and `key_id` are who pays; None: nobody does.
     """
 
     id: str
@@ -85,6 +86,8 @@ class CacheObject(Struct, frozen=True):
     tool_choice: ToolChoice = ToolChoice()
     early_ns: int = 0
     updated_at: int | None = None
+    project: str | None = None
+    key_id: int | None = None
 
     def is_over(self, now: float) -> bool:
         """Whether its lifetime has ended at `now`, whatever its status."""

@@ -15,6 +15,8 @@ BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
+    op.add_column("cache_objects", sa.Column("project", sa.Text))
+    op.add_column("cache_objects", sa.Column("key_id", sa.Integer))
     _keys()
     _identities()
     _ledger()
