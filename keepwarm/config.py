@@ -14,6 +14,8 @@ import msgspec
 import psutil
 from msgspec import Struct
 
+from keepwarm.core.rate_limit import KIMI_TIERS, OrgLimits
+
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that those run unchanged
     "moonshot-v1",
@@ -24,6 +26,7 @@ PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that th
     "gemini-1.5-flash-001",
 )
 NORMALISERS = ("billing-header", "clock", "moving-reminder")  # what keepwarm.cache.normalise can do
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 MIB = 1024 * 1024
 DISK_BYTES_DEFAULT = 10_000_000_000
 DOCUMENT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_", "OPENBLAS_")
@@ -88,6 +91,15 @@ class WarmPrompt(Struct, frozen=True, forbid_unknown_fields=True):
     lease: bool = False  # keep it on disk as a cache object is kept; else it may be evicted like any prompt
 
 
+class RatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Rate limits of organisations (docs/limits.md)."""
+
+    default_tier: str | None = None  # of organisations that have none; None: they are not limited
+    tiers: dict[str, OrgLimits] = {}  # beside Kimi's, or in place of one of them
+    cache_reads_count: bool = True  # whether tokens read from the cache count towards TPM and TPD
+    redis_url: str | None = None  # where uses are counted; None: in this process
+
+
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds on everything a client or a fault could make grow."""
 
@@ -147,6 +159,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Literal["auto", "console", "json"] = "auto"
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
+    rates: RatesConfig = RatesConfig()
     limits: Limits = Limits()
     warm: tuple[WarmPrompt, ...] = ()
 
@@ -240,9 +253,19 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
         if name not in NORMALISERS:
             where = f"config {path or 'on the command line'}: $.model.normalise"
             raise ConfigError(f"{where}: {name!r} is not one of {', '.join(NORMALISERS)}")
+    _check_rates(f"config {path or 'on the command line'}: $.rates", config.rates)
     for number, prompt in enumerate(config.warm):
         _check_warm(f"config {path or 'on the command line'}: $.warm[{number}]", prompt)
     return config
+
+
+def _check_rates(where: str, rates: RatesConfig) -> None:
+    """Raises ConfigError."""
+    tiers = {**KIMI_TIERS, **rates.tiers}
+    if rates.default_tier is not None and rates.default_tier not in tiers:
+        raise ConfigError(f"{where}.default_tier: {rates.default_tier!r} is not one of {', '.join(tiers)}")
+    if rates.redis_url is not None and not rates.redis_url.startswith(REDIS_SCHEMES):
+        raise ConfigError(f"{where}.redis_url must begin with one of {', '.join(REDIS_SCHEMES)}")
 
 
 def _check_warm(where: str, prompt: WarmPrompt) -> None:
