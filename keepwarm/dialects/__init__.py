@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from keepwarm.core.errors import ApiError
 from keepwarm.core.event import Event, ToolCallDelta
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.core.request import ChatRequest
 
 CALL_ID_BYTES = 12  # 24 hex digits, the length of OpenAI's and Anthropic's ids of calls
@@ -126,6 +127,10 @@ class ChatDialect(Protocol):
 
     def reply_headers(self, report: CacheReport) -> tuple[tuple[str, str], ...]:
         """Extra response headers for a turn that used a cache object."""
+        ...
+
+    def limit_headers(self, state: LimitState) -> tuple[tuple[str, str], ...]:
+        """Response headers that say what is left of the caller's limits; none where there are none."""
         ...
 
     def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from keepwarm.core.errors import ApiError
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.core.request import ChatRequest
 from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.anthropic_answer import (
@@ -28,6 +29,7 @@ from keepwarm.dialects.anthropic_request import (
     neutral_request,
 )
 from keepwarm.dialects.body import JsonBody
+from keepwarm.dialects.limit_headers import anthropic_limit_headers
 
 
 class AnthropicMessages:
@@ -65,6 +67,9 @@ class AnthropicMessages:
     def reply_headers(self, report: CacheReport) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 (the protocol's)
         """None: Anthropic has no cache objects."""
         return ()
+
+    def limit_headers(self, state: LimitState) -> tuple[tuple[str, str], ...]:
+        return anthropic_limit_headers(state)
 
     def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:
         return anthropic_error_reply(error, request_id)

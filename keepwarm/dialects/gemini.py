@@ -11,6 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from keepwarm.core.errors import ApiError
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.core.request import ChatRequest
 from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import invalid
@@ -69,6 +70,10 @@ class GeminiContent:
 
     def reply_headers(self, report: CacheReport) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 (the protocol's)
         """None: what was read from a cache is in the usage."""
+        return ()
+
+    def limit_headers(self, state: LimitState) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 (the protocol's)
+        """None: Gemini tells when to come back in a refusal's RetryInfo."""
         return ()
 
     def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)

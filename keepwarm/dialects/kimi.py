@@ -15,10 +15,12 @@ from msgspec.structs import replace
 
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ToolCallDelta
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.core.request import AnyText, CacheUse, ChatRequest, Message
 from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody, invalid, quoted
 from keepwarm.dialects.error_table import ErrorRow
+from keepwarm.dialects.limit_headers import openai_limit_headers
 from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer
 from keepwarm.dialects.openai_error import error_reply
 from keepwarm.dialects.openai_model import kimi_model, render_model_list
@@ -136,6 +138,10 @@ class KimiChat:
             ("msh-context-cache-token-exp", str(report.expires_at)),
             ("msh-context-cache-token-ttl", str(max(report.expires_at - report.now, 0))),
         )
+
+    def limit_headers(self, state: LimitState) -> tuple[tuple[str, str], ...]:
+        """OpenAI's, which Kimi's clients read."""
+        return openai_limit_headers(state)
 
     def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)
         return error_reply(KIMI_ERRORS, error)

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from keepwarm.core.errors import ApiError
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.dialects import CacheReport, ErrorReply, Frame, Identity, Parsed, WireBounds
 from keepwarm.dialects.body import JsonBody
+from keepwarm.dialects.limit_headers import openai_limit_headers
 from keepwarm.dialects.openai_answer import CHAT_ID_PREFIX, AnswerForm, ChatRenderer, digest_call_id
 from keepwarm.dialects.openai_error import OPENAI_ERRORS, error_reply
 from keepwarm.dialects.openai_model import openai_model, render_model_list
@@ -54,6 +56,9 @@ class OpenAIChat:
     def reply_headers(self, report: CacheReport) -> tuple[tuple[str, str], ...]:  # noqa: ARG002 (the protocol's)
         """None: OpenAI has no cache objects."""
         return ()
+
+    def limit_headers(self, state: LimitState) -> tuple[tuple[str, str], ...]:
+        return openai_limit_headers(state)
 
     def render_error(self, error: ApiError, request_id: str | None = None) -> ErrorReply:  # noqa: ARG002 (the protocol's)
         return error_reply(OPENAI_ERRORS, error)
