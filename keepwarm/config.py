@@ -76,6 +76,13 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     settle: Literal["auto", "always", "off"] = "auto"  # re-evaluate a conversation's tail while idle
 
 
+class BillingConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What turns cost. A model without an entry in `models` has no prices: its use is recorded, and costs nothing."""
+
+    sheets_dir: str | None = None  # more price sheets, *.toml, beside the shipped ones
+    models: dict[str, str] = {}  # served name or alias → "SHEET/MODEL", or "SHEET@VERSION/MODEL" for that version only
+
+
 class WarmPrompt(Struct, frozen=True, forbid_unknown_fields=True):
     """A prefix to compute at start, before anyone asks: a system message with these texts in a row, and tools.
 
@@ -161,6 +168,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     cache: CacheConfig = CacheConfig()
     rates: RatesConfig = RatesConfig()
     limits: Limits = Limits()
+    billing: BillingConfig = BillingConfig()
     warm: tuple[WarmPrompt, ...] = ()
 
     def host_bytes(self) -> int:

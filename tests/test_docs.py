@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import structlog
 
-from keepwarm.config import CacheConfig, Config, Limits, ModelConfig, RatesConfig
+from keepwarm.config import BillingConfig, CacheConfig, Config, Limits, ModelConfig, RatesConfig
 from keepwarm.core.clock import RandomIds, SystemClock
 from keepwarm.core.errors import ErrorKind
 from keepwarm.gateway.runtime import Runtime
@@ -23,7 +23,7 @@ API = sorted((ROOT / "docs" / "api").glob("*.md"))
 CODE_BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-SECTIONS = {"": Config, "model": ModelConfig, "cache": CacheConfig, "rates": RatesConfig}
+SECTIONS = {"": Config, "model": ModelConfig, "cache": CacheConfig, "rates": RatesConfig, "billing": BillingConfig}
 
 
 def shown(path: Path) -> str:
