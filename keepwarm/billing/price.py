@@ -52,13 +52,19 @@ def uncached_nano(prices: ModelPrices, usage: Usage, *, is_batch: bool = False) 
 def ceiling_nano(
     prices: ModelPrices, n_prompt: int, n_output_max: int, *, n_object: int = 0, is_batch: bool = False
 ) -> int:  # fmt: skip
-    """The most a turn can cost before it is known what is read and written."""
-    rates, objects = prices.rates(n_prompt), prices.objects
-    times = prices.batch_multiple if is_batch else Fraction(1)
-    dearest = max(rates.input, rates.read, rates.write, rates.write_long, objects.read or 0)
+    """The most a turn can cost before it is known what is read and written.
+
+    A turn that is broken off may have come only to a shorter prompt's tier, so each rate is the dearest up to this one's.
+    """
+    objects, times = prices.objects, prices.batch_multiple if is_batch else Fraction(1)
+    tiers = prices.tiers[: prices.tiers.index(prices.rates(n_prompt)) + 1]
+    dearest = max(max(tier.input, tier.read, tier.write, tier.write_long) for tier in tiers)
+    dearest = max(dearest, objects.read or 0)
+    output = max(tier.output for tier in tiers)
     call = _rounded(objects.call_nano * times) if n_object else 0
-    classes = 3  # fresh, read and write are rounded one by one, so their sum may pass the whole by a nano each
-    return _nano(n_prompt * dearest, times) + classes + _nano(n_output_max * rates.output, times) + call
+    # Fresh, read and write are rounded one by one: together at most 3/2 above the exact sum, which is less than 1/2 above
+    # its own rounding; so at most one whole nano above that.
+    return _nano(n_prompt * dearest, times) + 1 + _nano(n_output_max * output, times) + call
 
 
 def creation_nano(prices: ModelPrices, n_tokens: int) -> int:

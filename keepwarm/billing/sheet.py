@@ -1,6 +1,7 @@
 """Price sheets. Rates are integers: nano per million tokens, 1 nano being 10⁻⁹ of the sheet's currency."""
 
 from datetime import date
+from decimal import Decimal
 from fractions import Fraction
 from typing import Literal
 
@@ -8,6 +9,11 @@ from msgspec import Struct
 
 NANO = 10**9
 TOKENS_PER_RATE = 10**6
+
+
+def decimal_text(nano: int) -> str:
+    """An amount exactly and without trailing zeros: "0.0015"."""
+    return format(Decimal(nano).scaleb(-9).normalize(), "f")
 
 
 class Rates(Struct, frozen=True):

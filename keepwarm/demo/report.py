@@ -11,10 +11,13 @@ from msgspec import Struct
 from rich.markup import escape
 from rich.table import Table
 
+from keepwarm.billing.price import creation_nano, storage_nano, turn_charge, uncached_nano
+from keepwarm.billing.price_book import shipped_prices
+from keepwarm.billing.sheet import NANO
+from keepwarm.core.event import Usage
 from keepwarm.demo.client import Answer
-from keepwarm.gateway.prices import KIMI_LAUNCH, NANO, cached_call_nano, call_nano, creation_nano, storage_nano
 
-SIZE = "8k"
+PRICES = shipped_prices("kimi@2024-07-01", "moonshot-v1-8k")
 
 
 class Call(Struct, frozen=True):
@@ -34,13 +37,14 @@ class Call(Struct, frozen=True):
 
     @property
     def without_nano(self) -> int:
-        return call_nano(KIMI_LAUNCH, SIZE, self.answer.n_prompt, self.answer.n_output)
+        return uncached_nano(PRICES, Usage(self.answer.n_prompt, 0, 0, self.answer.n_output))
 
     @property
     def with_nano(self) -> int:
         answer = self.answer
         n_cached = min(answer.n_cached, self.n_object)  # what was reused beyond the object is not free on this sheet
-        return cached_call_nano(KIMI_LAUNCH, SIZE, answer.n_prompt, n_cached, answer.n_output)
+        usage = Usage(answer.n_prompt - n_cached, n_cached, 0, answer.n_output)
+        return turn_charge(PRICES, usage, n_object=n_cached).total
 
 
 class Keeping(Struct, frozen=True):
@@ -51,11 +55,11 @@ class Keeping(Struct, frozen=True):
 
     @property
     def creation_nano(self) -> int:
-        return creation_nano(KIMI_LAUNCH, self.n_tokens)
+        return creation_nano(PRICES, self.n_tokens)
 
     @property
     def storage_nano(self) -> int:
-        return storage_nano(KIMI_LAUNCH, self.n_tokens, self.lived_s)
+        return storage_nano(PRICES, self.n_tokens, self.lived_s)
 
 
 def table(calls: Sequence[Call]) -> Table:
