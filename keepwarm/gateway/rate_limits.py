@@ -32,7 +32,7 @@ from keepwarm.core.rate_limit import (
     resolved_limits,
     tokens_counted,
 )
-from keepwarm.gateway.rate_store import open_rate_store
+from keepwarm.gateway.rate_store import RateStore
 from keepwarm.telemetry import Log
 
 RETRY_AFTER_S = 1  # for a place: turns end every few hundred milliseconds
@@ -64,18 +64,13 @@ class Ticket:
 class RateLimits:
     """Counts and refuses. One per server."""
 
-    def __init__(self, config: RatesConfig, clock: Clock, log: Log) -> None:
-        """Raises ConfigError for a Redis that cannot be used."""
+    def __init__(self, config: RatesConfig, store: RateStore, clock: Clock, log: Log) -> None:
         self._config = config
+        self._counters = store.counters
         self._clock = clock
         self._log = log
-        self._store = open_rate_store(config.redis_url)
-        self._windows = FixedWindowRateLimiter(self._store.counters)
+        self._windows = FixedWindowRateLimiter(store.counters)
         self._places: Counter[str] = Counter()
-
-    async def close(self) -> None:
-        """Close connections to Redis, if there are any."""
-        await self._store.close()
 
     def limits(self, principal: Principal) -> OrgLimits:
         """Of the caller's organisation; none with --dev. Raises ApiError(INVALID_REQUEST) if its tier is not configured."""
@@ -219,16 +214,16 @@ class RateLimits:
             for window in windows:
                 if not n or self._clock.now() >= window.ends_at:  # nobody will read its counter again
                     continue
-                left = await self._store.counters.incr(window.key, window.item.get_expiry(), n)
+                left = await self._counters.incr(window.key, window.item.get_expiry(), n)
                 if left < 0:  # the store has forgotten what was taken
-                    await self._store.counters.incr(window.key, window.item.get_expiry(), -left)
+                    await self._counters.incr(window.key, window.item.get_expiry(), -left)
         except StorageError as exc:
             self._fault(exc)
 
     async def _used(self, window: Window) -> int:
         """Raises ApiError(OVERLOADED)."""
         try:
-            return await self._store.counters.get(window.key)
+            return await self._counters.get(window.key)
         except StorageError as exc:
             raise self._fault(exc) from exc
 

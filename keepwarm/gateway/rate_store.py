@@ -16,14 +16,17 @@ REDIS_CONNECTIONS_MAX = 32  # a command takes a tenth of a millisecond, so a tur
 
 @dataclass(frozen=True, slots=True)
 class RateStore:
-    """Counters, and how to let go of what they hold. Counters raise limits.errors.StorageError when they fail."""
+    """Counters, and how to close their connections. Counters raise limits.errors.StorageError when they fail."""
 
     counters: Storage
     close: Callable[[], Awaitable[None]]
 
 
 def open_rate_store(redis_url: str | None) -> RateStore:
-    """Counters in memory, or with `redis_url` in that Redis. Nothing is connected yet. Raises ConfigError."""
+    """Counters in memory, or with `redis_url` in that Redis. Nothing is connected yet, but the client's files are read.
+
+    Raises ConfigError.
+    """
     if redis_url is None:
         return RateStore(MemoryStorage(wrap_exceptions=True), _nothing)
     try:
@@ -38,6 +41,7 @@ def open_rate_store(redis_url: str | None) -> RateStore:
             socket_timeout=REDIS_S_MAX,
             socket_connect_timeout=REDIS_S_MAX,
             retry=None,  # a count that is sent twice is counted twice
+            driver_info=None,  # else its version is read from the disk for every connection
         )
     except ValueError as exc:  # its message does not repeat the password
         raise ConfigError(f"rates.redis_url cannot be used: {exc}") from exc
