@@ -56,9 +56,7 @@ class PriceBook:
         return sheet.models[priced.sheet_model]
 
     def _effective(self, name: str, now: float) -> PriceSheet | None:
-        today = _day(now)
-        effective = [sheet for sheet in self._versions.get(name, ()) if sheet.effective_from <= today]
-        return effective[-1] if effective else None
+        return effective(self._versions.get(name, ()), now)
 
     def _checked(self, served: str, target: str, now: float) -> tuple[str, str]:
         """(sheet name or id, model): there today and in every version to come."""
@@ -77,6 +75,12 @@ class PriceBook:
                 known = ", ".join(sheet.models) or "none, only terms for sheets of your own"
                 raise SheetError(f"{served}: sheet {sheet.id} has no model {sheet_model!r}; it has {known}")
         return name, sheet_model
+
+
+def effective(versions: Iterable[PriceSheet], now: float) -> PriceSheet | None:
+    """The newest of a sheet's versions whose first day has come."""
+    begun = [sheet for sheet in versions if sheet.effective_from <= _day(now)]
+    return max(begun, key=lambda sheet: sheet.effective_from, default=None)
 
 
 def load_price_book(billing: BillingConfig, model: ModelConfig, now: float) -> PriceBook:

@@ -137,17 +137,20 @@ def priced_sheets(drafts: Iterable[Draft]) -> tuple[PriceSheet, ...]:
 
 def shipped_drafts() -> tuple[Draft, ...]:
     """The sheets that come with Keepwarm."""
-    return drafts_in(files("keepwarm.billing") / "sheets")
+    return drafts_in(files("keepwarm.billing") / "sheets", "shipped ")
 
 
-def drafts_in(folder: Traversable) -> tuple[Draft, ...]:
-    """Every *.toml file of a folder. Raises SheetError, also when the folder or a file cannot be read."""
+def drafts_in(folder: Traversable, called: str = "") -> tuple[Draft, ...]:
+    """Every *.toml file of a folder, `called` this before its name in messages.
+
+    Raises SheetError, also when the folder or a file cannot be read.
+    """
     try:
         found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda e: e.name)
         texts = [(entry.name, entry.read_text(encoding="utf-8")) for entry in found]
     except (OSError, UnicodeDecodeError) as exc:
         raise SheetError(f"cannot read the price sheets in {folder}: {exc}") from exc
-    return tuple(drafted(text, name) for name, text in texts)
+    return tuple(drafted(text, f"{called}{name}") for name, text in texts)
 
 
 def _sheet(draft: Draft, by_id: Mapping[str, Draft]) -> PriceSheet:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import bench, caches, keys
+from keepwarm.cli import bench, caches, keys, prices
 from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
 from keepwarm.cli.replay import EXAMPLE as REPLAY_EXAMPLE
@@ -47,6 +47,11 @@ def build() -> typer.Typer:
     _add(cache_group, "show", caches.show, caches.SHOW_EXAMPLE)
     _add(cache_group, "delete", caches.delete, caches.DELETE_EXAMPLE)
     root.add_typer(cache_group, name="caches", epilog=_epilog(caches.LIST_EXAMPLE))
+    price_group = _group("List, show and check price sheets.")
+    _add(price_group, "list", prices.list_sheets, prices.LIST_EXAMPLE)
+    _add(price_group, "show", prices.show, prices.SHOW_EXAMPLE)
+    _add(price_group, "check", prices.check, prices.CHECK_EXAMPLE)
+    root.add_typer(price_group, name="prices", epilog=_epilog(prices.SHOW_EXAMPLE))
     return root
 
 

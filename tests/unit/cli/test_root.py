@@ -30,6 +30,10 @@ COMMANDS = [
     ["caches", "list"],
     ["caches", "show"],
     ["caches", "delete"],
+    ["prices"],
+    ["prices", "list"],
+    ["prices", "show"],
+    ["prices", "check"],
 ]
 
 
