@@ -1,4 +1,4 @@
-"""What all tests share: the event loop, a guard against blocking it, hypothesis profiles, one data directory."""
+"""What all tests share: the event loop, a guard against blocking it, hypothesis profiles, one data directory, servers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+
+pytest_plugins = ["tests.servers"]
 
 # "ci" is the default. It is derandomised: a checkout passes or fails the same way for everybody, so a red run means this
 # change. "explore" looks for new failures, by hand or at night: pytest --hypothesis-profile=explore. No deadlines: how
