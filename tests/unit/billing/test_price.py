@@ -110,6 +110,18 @@ def test_a_ceiling_allows_for_classes_that_are_rounded_one_by_one() -> None:
     assert turn_charge(half, usage).total == ceiling_nano(half, usage.prompt, 0) == 3
 
 
+def test_a_ceiling_holds_for_a_turn_broken_off_in_a_dearer_tier_of_shorter_prompts() -> None:
+    cheaper_when_long = ModelPrices((Rates(*[2 * NANO] * 5, prompt_tokens_max=100), Rates(*[1 * NANO] * 5)))
+    assert turn_charge(cheaper_when_long, Usage(100, 0, 0, 50)).total == 300_000
+    assert ceiling_nano(cheaper_when_long, 101, 50) >= 300_000
+
+
+def test_a_ceiling_holds_where_an_objects_tokens_are_the_dearest() -> None:
+    dear = ModelPrices(PLAIN.tiers, ObjectRates(read=50 * NANO))
+    assert turn_charge(dear, Usage(0, 100, 0, 0), n_object=100).total == 5_000_000
+    assert ceiling_nano(dear, 100, 0, n_object=100) >= 5_000_000
+
+
 def test_a_ceiling_is_no_more_than_the_dearest_turn_and_the_rounding() -> None:
     all_written_for_an_hour = Usage(0, 0, 1000, 50, cache_write_long=1000)
     assert ceiling_nano(PLAIN, 1000, 50) == turn_charge(PLAIN, all_written_for_an_hour).total + 1

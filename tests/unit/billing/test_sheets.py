@@ -1,5 +1,8 @@
 """The shipped sheets: the vendors' worked examples come out to the nano."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from keepwarm.billing.price import creation_nano, storage_nano, turn_charge, uncached_nano
@@ -8,6 +11,7 @@ from keepwarm.billing.sheet import NANO, ModelPrices
 from keepwarm.billing.sheet_file import drafted, priced_sheets, shipped_drafts
 from keepwarm.core.event import Usage
 
+PAGE = Path(__file__).parents[3] / "docs" / "prices.md"
 HOUSE = """
 name = "house"
 version = "1"
@@ -48,6 +52,24 @@ def test_which_sheets_are_shipped() -> None:
         ("minimax@2026", "CNY"): ["MiniMax-M2.1", "MiniMax-M2.5", "MiniMax-M2.7", "worked-example"],
         ("openai@2026", "USD"): [],
     }
+
+
+def test_the_page_names_every_shipped_sheet_with_its_models_or_terms() -> None:
+    rows = {
+        line.split("`")[1]: line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    }
+    for draft in shipped_drafts():
+        names = [name.removeprefix("moonshot-v1") for name in draft.models or draft.terms]
+        row = rows[draft.id]
+        assert "the same" in row or all(f"{name}`" in row for name in names), row
+
+
+def test_the_pages_example_is_a_good_sheet() -> None:
+    [text] = re.findall(r"^```toml\n(name = .*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    [sheet] = [sheet for sheet in priced_sheets((*shipped_drafts(), drafted(text, "house"))) if sheet.name == "house"]
+    short, long = sheet.models["large"].tiers
+    assert (short.input, short.output, short.write) == (600_000_000, 2_400_000_000, 750_000_000)
+    assert (long.input, long.output, long.read) == (900_000_000, 3_600_000_000, 90_000_000)
 
 
 def test_minimaxs_example_of_45k_read_5k_fresh_and_1k_output() -> None:
