@@ -1,14 +1,20 @@
-"""The database: SQLite through SQLAlchemy Core, one worker thread, one transaction per call.
+"""The database, SQLite or PostgreSQL, through SQLAlchemy Core: one worker thread, one transaction at a time.
 
-What is promised: when `run` returns, the transaction is on the disk (WAL with synchronous=FULL), so a row that was
-acknowledged survives `kill -9` and a power cut. A call whose awaiter was cancelled has been applied whole or not at all.
-Every transaction begins IMMEDIATE: a read followed by a write can then never fail half-way because another process
-(`keepwarm keys`, `keepwarm caches`) wrote in between. The file is readable by its owner only.
+What is promised, of both: when `run` returns, the transaction is on the disk (SQLite: WAL with synchronous=FULL;
+PostgreSQL: synchronous_commit), so a row that was acknowledged survives `kill -9` and a power cut. A call whose awaiter
+was cancelled has been applied whole or not at all. And no other transaction of this database, also of another process,
+runs beside one: what a transaction has read is still so when it writes. SQLite begins IMMEDIATE for that; on PostgreSQL
+each transaction first takes one advisory lock, and reads what was committed before it got it (docs/storage.md).
+
+Text and order are the database's own, so SQL here goes by what both do. One difference concerns who writes SQL: after a
+statement that failed, PostgreSQL takes no other in the same transaction. What is to go on puts such a statement into
+`connection.begin_nested()`.
 
 The tables are in tables.py; what their rows mean is in the modules that read them.
 """
 
 import asyncio
+import importlib
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +36,12 @@ DATABASE_NAME = "keepwarm.db"
 MIGRATIONS = Path(__file__).parent / "migrations"
 JOBS_MAX = 256  # calls handed to the worker thread; more wait before it. Four times the turns admitted by default
 RETRY_AFTER_S = 1
+STATEMENT_S_MAX = 30  # of one statement on PostgreSQL, and of the pause between two: whoever hangs lets the others in
+LOCK = int.from_bytes(b"keepwarm")  # the advisory lock of all transactions; such locks are per database
+DRIVER = "postgresql+psycopg"
+# What PostgreSQL calls it when a bounded wait is over: lock_not_available, query_canceled; deadlock_detected can only
+# come from strangers' transactions, since ours run one at a time.
+BUSY_STATES = frozenset({"55P03", "57014", "40P01"})
 
 
 class StorageError(Exception):
@@ -39,6 +51,11 @@ class StorageError(Exception):
 def database_path(data_dir: str | Path) -> Path:
     """The database file of a data directory."""
     return Path(data_dir) / DATABASE_NAME
+
+
+def database(database_url: str, data_dir: str | Path) -> Path | str:
+    """What `Storage.open` is given: the URL of a PostgreSQL database or, where that is "", a data directory's file."""
+    return database_url or database_path(data_dir)
 
 
 class Storage:
@@ -51,28 +68,33 @@ class Storage:
         self._room = asyncio.Semaphore(JOBS_MAX)
 
     @classmethod
-    def open(cls, path: Path, busy_s: float) -> Self:
-        """Open the database file `path`, making it and its directory if need be, and bring its tables up to date.
+    def open(cls, where: Path | str, busy_s: float) -> Self:
+        """Open a SQLite file, making it and its directory if need be, or the PostgreSQL database of a URL.
 
-        `busy_s` is how long a transaction waits for another process to finish its own. Raises StorageError.
+        Its tables are brought up to date. `busy_s` is how long a transaction waits for another process to finish its
+        own, and how long connecting may take. Raises StorageError, whose message never has the URL's password.
         """
-        _make_private(path)
-        engine = _engine(path, busy_s)
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage")
-        storage = cls(engine, worker)
+        if isinstance(where, Path):
+            _make_private(where)
+            engine, shown = _sqlite(where, busy_s), f"{where}"
+            remedy = "see to it, or choose another --data-dir"
+        else:
+            engine = _postgresql(where, busy_s)
+            shown, remedy = _shown(engine.url), "see to it, or choose another database_url"
+        storage = cls(engine, ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage"))
         try:
             storage.run_sync(_migrate)
-        except (sa.exc.DatabaseError, CommandError, ApiError) as exc:
+        except (sa.exc.DBAPIError, CommandError, ApiError) as exc:
             storage.close()
-            raise StorageError(
-                f"cannot use database {path}: {_reason(exc)}; see to it, or choose another --data-dir"
-            ) from exc
+            raise StorageError(f"cannot use database {shown}: {_reason(exc)}; {remedy}") from exc
         return storage
 
     async def run(self, fn: Callable[[sa.Connection], T]) -> T:
         """Run `fn` in one transaction: committed when this returns, rolled back when `fn` raises.
 
-        Raises what `fn` raises, and ApiError(OVERLOADED) when another process kept the database locked for too long.
+        Raises what `fn` raises, and ApiError: OVERLOADED when another process kept the database locked for too long or
+        when PostgreSQL cannot be reached; INVALID_REQUEST for text that PostgreSQL cannot keep. When the connection is
+        lost during the call, whether the transaction took effect is not known.
         """
         async with self._room:
             return await asyncio.get_running_loop().run_in_executor(self._worker, self._transact, fn)
@@ -82,20 +104,41 @@ class Storage:
         return self._worker.submit(self._transact, fn).result()
 
     def close(self) -> None:
-        """Finish the calls under way and close the file. A second call does nothing."""
+        """Finish the calls under way and close the database. A second call does nothing."""
         self._worker.shutdown(wait=True)
         self._engine.dispose()
 
     def _transact(self, fn: Callable[[sa.Connection], T]) -> T:
+        begun = False
         try:
-            with self._engine.begin() as connection:
-                return fn(connection)
-        except sa.exc.OperationalError as exc:
-            if getattr(exc.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+            with self._begun() as connection:
+                begun = True
+                result = fn(connection)
+                connection.commit()
+                return result
+        except sa.exc.DBAPIError as exc:
+            error = _told(exc, begun=begun)
+            if error is None:
                 raise
-            raise ApiError(
-                ErrorKind.OVERLOADED, "the database is locked by another process; retry", retry_after_s=RETRY_AFTER_S
-            ) from exc
+            raise error from exc
+
+    def _begun(self) -> sa.Connection:
+        """A connection in a transaction. One that was lost since the last call is replaced: nothing was under way."""
+        try:
+            return self._begin()
+        except sa.exc.DBAPIError as exc:
+            if not exc.connection_invalidated:
+                raise
+        return self._begin()
+
+    def _begin(self) -> sa.Connection:
+        connection = self._engine.connect()
+        try:
+            connection.begin()
+        except sa.exc.DBAPIError:
+            connection.close()
+            raise
+        return connection
 
 
 def _make_private(path: Path) -> None:
@@ -111,37 +154,133 @@ def _make_private(path: Path) -> None:
         ) from exc
 
 
-def _engine(path: Path, busy_s: float) -> sa.Engine:
+def _sqlite(path: Path, busy_s: float) -> sa.Engine:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         # The one connection is opened on the worker thread and closed, after that has ended, by the closer.
         connect_args={"timeout": busy_s, "check_same_thread": False, "isolation_level": None},
         poolclass=sa.StaticPool,
+        hide_parameters=True,  # rows hold what clients wrote, and errors are logged
     )
+    _prepare(engine, tuple(f"PRAGMA {it}" for it in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")))
+    _begin_with(engine, "BEGIN IMMEDIATE")
+    return engine
 
-    def configure(dbapi: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+
+def _postgresql(database_url: str, busy_s: float) -> sa.Engine:
+    """Nothing is connected yet. Raises StorageError."""
+    try:
+        url = sa.make_url(database_url)
+    except (sa.exc.ArgumentError, ValueError):  # their messages may repeat the password
+        url = None
+    # An @ of a password that is not written %40 would make the rest of it a host's or database's name, which is shown.
+    if url is None or url.drivername != "postgresql" or "@" in f"{url.host}{url.database}":
+        raise StorageError(
+            "database_url cannot be used; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE, an @ as %40"
+        )
+    waits = {"connect_timeout": max(2, int(busy_s)), "client_encoding": "utf8"}  # of libpq, where the URL names none
+    died = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+    try:
+        engine = sa.create_engine(
+            url.set(drivername=DRIVER),
+            connect_args={name: value for name, value in {**waits, **died}.items() if name not in url.query},
+            isolation_level="AUTOCOMMIT",  # of the driver: BEGIN is ours, so that it and the lock are one round trip
+            poolclass=sa.QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            hide_parameters=True,
+        )
+    except ImportError as exc:
+        raise StorageError("database_url needs PostgreSQL's client: pip install 'keepwarm[postgres]'") from exc
+    _prepare(
+        engine,
+        (
+            f"SET lock_timeout = {max(1, round(busy_s * 1000))}",
+            f"SET statement_timeout = '{STATEMENT_S_MAX}s'",
+            f"SET idle_in_transaction_session_timeout = '{STATEMENT_S_MAX}s'",
+            # Stricter values than "on" wait for replicas: the operator's choice.
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
+        ),
+    )
+    _read_whole_numbers(engine)
+    _begin_with(engine, f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock({LOCK})")
+    return engine
+
+
+def _read_whole_numbers(engine: sa.Engine) -> None:
+    """PostgreSQL's sum of bigints is a numeric: an int like SQLite's, never a Decimal. A fraction is an error."""
+    loader = importlib.import_module("psycopg.types.numeric").IntLoader  # not at the top: an extra
+
+    def register(dbapi: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+        dbapi.adapters.register_loader("numeric", loader)
+
+    sa.event.listen(engine, "connect", register)
+
+
+def _prepare(engine: sa.Engine, statements: tuple[str, ...]) -> None:
+    """Run these on every new connection."""
+
+    def prepare(dbapi: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
         cursor = dbapi.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
+        for statement in statements:
+            cursor.execute(statement)
         cursor.close()
 
-    def begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    sa.event.listen(engine, "connect", prepare)
 
-    sa.event.listen(engine, "connect", configure)
+
+def _begin_with(engine: sa.Engine, statement: str) -> None:
+    def begin(connection: sa.Connection) -> None:
+        # Without parameters the driver takes more than one statement at once.
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+
     sa.event.listen(engine, "begin", begin)
-    return engine
 
 
 def _migrate(connection: sa.Connection) -> None:
     """Apply what is missing of keepwarm/migrations, all of it or, on an error, none."""
+    if connection.dialect.name == "postgresql":
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        if encoding != "UTF8":
+            raise CommandError(f"its encoding is {encoding}, and must be UTF8")
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")  # a large table takes its time
     config = AlembicConfig()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
 
+def _told(exc: sa.exc.DBAPIError, *, begun: bool) -> ApiError | None:
+    """What a caller is told of a database's error; None: it is our bug, or the disk's. The cause keeps the details."""
+    is_of_driver = getattr(exc.orig, "sqlstate", "") is None  # PostgreSQL's driver speaks, not the server
+    if _is_busy(exc):
+        message = "the database is locked by another process; retry"
+    elif exc.connection_invalidated and begun:
+        message = "the connection to the database was lost, and it is not known what was written; retry"
+    elif exc.connection_invalidated or (is_of_driver and isinstance(exc, sa.exc.OperationalError)):
+        message = "the database cannot be reached; retry"
+    elif is_of_driver and isinstance(exc, sa.exc.DataError):
+        return ApiError(ErrorKind.INVALID_REQUEST, "a name or text has the character U+0000, which cannot be kept")
+    else:
+        return None
+    return ApiError(ErrorKind.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
+
+
+def _is_busy(exc: sa.exc.DBAPIError) -> bool:
+    return (
+        getattr(exc.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+        or getattr(exc.orig, "sqlstate", None) in BUSY_STATES
+    )
+
+
+def _shown(url: sa.URL) -> str:
+    """Where a database is, without password and options, which may hold one too."""
+    plain = sa.URL.create("postgresql", url.username, None, url.host, url.port, url.database)
+    return plain.render_as_string(hide_password=False)
+
+
 def _reason(exc: Exception) -> str:
-    if isinstance(exc, sa.exc.DatabaseError):
-        return str(exc.orig)
+    cause = exc.__cause__ if isinstance(exc, ApiError) else exc
+    if isinstance(cause, sa.exc.DBAPIError) and not _is_busy(cause):
+        return " ".join(str(cause.orig).split())
     return str(exc)

@@ -14,7 +14,7 @@ METADATA = sa.MetaData(
     }
 )
 
-# A sum of money outgrows 32 bits; SQLite numbers rows by itself only where the type is INTEGER.
+# Sums of money, times and sizes outgrow 32 bits; SQLite numbers rows by itself only where the type is INTEGER.
 BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 api_keys = sa.Table(
@@ -27,11 +27,11 @@ api_keys = sa.Table(
         "digest", sa.LargeBinary, nullable=False, unique=True
     ),  # of the whole key; the key itself is never stored
     sa.Column("last4", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("revoked_at", sa.Integer),
+    sa.Column("created_at", BIG, nullable=False),
+    sa.Column("revoked_at", BIG),
     sa.Column("project", sa.Text, nullable=False, server_default="default"),
     sa.Column("role", sa.Text, nullable=False, server_default="member"),  # a Role
-    sa.Column("expires_at", sa.Integer),
+    sa.Column("expires_at", BIG),
     sa.Column("models", sa.LargeBinary),  # JSON list of the models it may use; NULL: all
 )
 sa.Index(  # a revoked key's name may be given to its successor
@@ -52,8 +52,8 @@ cache_objects = sa.Table(
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("generation", sa.Integer, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("expires_at", sa.Integer, nullable=False),
+    sa.Column("created_at", BIG, nullable=False),
+    sa.Column("expires_at", BIG, nullable=False),
     sa.Column("n_tokens", sa.Integer, nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("description", sa.Text, nullable=False),
@@ -66,7 +66,7 @@ cache_objects = sa.Table(
     sa.Column("dialect", sa.Text, nullable=False, server_default="kimi"),
     sa.Column("tool_choice", sa.LargeBinary),  # JSON; NULL: the model chooses
     sa.Column("early_ns", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("updated_at", sa.Integer),
+    sa.Column("updated_at", BIG),
     sa.Column("project", sa.Text),  # who pays, with the key; NULL: made with --dev, or before there was a ledger
     sa.Column("key_id", sa.Integer),
     sa.UniqueConstraint("tenant", "id"),  # what cache_tags refers to
@@ -82,7 +82,7 @@ cache_tags = sa.Table(
     sa.Column("tenant", sa.Text, nullable=False),
     sa.Column("tag", sa.Text, nullable=False),
     sa.Column("object_id", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
+    sa.Column("created_at", BIG, nullable=False),
     sa.UniqueConstraint("tenant", "tag"),
     # The tenant is part of the reference, so a tag cannot point at another tenant's object.
     sa.ForeignKeyConstraint(["tenant", "object_id"], [cache_objects.c.tenant, cache_objects.c.id], ondelete="CASCADE"),
@@ -114,7 +114,7 @@ files = sa.Table(
     sa.Column("key", sa.Text, nullable=False, unique=True),  # its name on disk
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("media_type", sa.Text, nullable=False),
-    sa.Column("n_bytes", sa.Integer, nullable=False),
+    sa.Column("n_bytes", BIG, nullable=False),
     sa.Column("sha256", sa.LargeBinary, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("updated_at", sa.Float, nullable=False),
@@ -138,8 +138,8 @@ organisations = sa.Table(
     sa.Column("limits", sa.LargeBinary),  # JSON: single limits that differ from the tier's
     sa.Column("is_prepaid", sa.Boolean, nullable=False),  # a turn is refused when the balance does not cover its hold
     sa.Column("cache_scope", sa.Text, nullable=False),  # "organisation" or "project": who shares what is cached
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("disabled_at", sa.Integer),
+    sa.Column("created_at", BIG, nullable=False),
+    sa.Column("disabled_at", BIG),
     sqlite_autoincrement=True,
 )
 
@@ -149,8 +149,8 @@ projects = sa.Table(
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("organisation", sa.Text, sa.ForeignKey(organisations.c.id), nullable=False),
     sa.Column("name", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Integer, nullable=False),
-    sa.Column("archived_at", sa.Integer),
+    sa.Column("created_at", BIG, nullable=False),
+    sa.Column("archived_at", BIG),
     sa.UniqueConstraint("organisation", "name"),
     sqlite_autoincrement=True,
 )

@@ -1,6 +1,6 @@
 """PostgreSQL and Redis for tests: servers of their own, started once a run in temporary directories, on Unix sockets only.
 
-A test that takes `postgresql_url` or `redis_url` gets an empty database. Where a server is not installed the test is
+A test that takes `postgresql_url` or `redis_url` gets an empty database; `any_database` runs it on SQLite and PostgreSQL. Where a server is not installed the test is
 skipped and says what to install. Nothing of a server that runs on the machine already is touched.
 """
 
@@ -20,6 +20,8 @@ import psycopg
 import pytest
 import redis
 from psycopg import sql
+
+from keepwarm.storage import database_path
 
 START_S = 60.0  # a start takes less than a second; a machine with other work may take longer
 SHORT_DIRECTORY = "/tmp"  # the path of a Unix socket has at most 107 bytes, and pytest's own directories are long
@@ -126,6 +128,14 @@ def postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
     """The URL of an empty database."""
     with postgresql_server.database() as url:
         yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """What `Storage.open` is given, once for each kind of database: a path in a directory not made yet, or a URL."""
+    if request.param == "sqlite":
+        return database_path(tmp_path / "data")
+    return str(request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture(scope="session")

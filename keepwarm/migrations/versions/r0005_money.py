@@ -1,6 +1,7 @@
 """Organisations and projects; the ledger, and the sums kept beside it. What a key called its tenant is its organisation.
 
-Every tenant becomes an organisation of the same id, so what is cached for it stays its own.
+Every tenant becomes an organisation of the same id, so what is cached for it stays its own. The first revision that
+runs on PostgreSQL in earnest: times and sizes of the tables before it get 64 bits there, which they always had on SQLite.
 """
 
 import sqlalchemy as sa
@@ -14,7 +15,20 @@ depends_on = None
 BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
+# Times in whole seconds outgrow 32 bits in 2038, and clients may name later ones now.
+WIDER = {
+    "api_keys": ("created_at", "revoked_at"),
+    "cache_objects": ("created_at", "expires_at", "updated_at"),
+    "cache_tags": ("created_at",),
+    "files": ("n_bytes",),
+}
+
+
 def upgrade() -> None:
+    if op.get_bind().dialect.name == "postgresql":
+        for table, columns in WIDER.items():
+            for column in columns:
+                op.alter_column(table, column, type_=sa.BigInteger)
     op.add_column("cache_objects", sa.Column("project", sa.Text))
     op.add_column("cache_objects", sa.Column("key_id", sa.Integer))
     _keys()
@@ -33,8 +47,8 @@ def _identities() -> None:
         sa.Column("limits", sa.LargeBinary),
         sa.Column("is_prepaid", sa.Boolean, nullable=False),
         sa.Column("cache_scope", sa.Text, nullable=False),
-        sa.Column("created_at", sa.Integer, nullable=False),
-        sa.Column("disabled_at", sa.Integer),
+        sa.Column("created_at", BIG, nullable=False),
+        sa.Column("disabled_at", BIG),
         sa.PrimaryKeyConstraint("seq", name="organisations_pk"),
         sa.UniqueConstraint("id", name="organisations_id_key"),
         sqlite_autoincrement=True,
@@ -44,8 +58,8 @@ def _identities() -> None:
         sa.Column("seq", sa.Integer, nullable=False),
         sa.Column("organisation", sa.Text, nullable=False),
         sa.Column("name", sa.Text, nullable=False),
-        sa.Column("created_at", sa.Integer, nullable=False),
-        sa.Column("archived_at", sa.Integer),
+        sa.Column("created_at", BIG, nullable=False),
+        sa.Column("archived_at", BIG),
         sa.PrimaryKeyConstraint("seq", name="projects_pk"),
         sa.ForeignKeyConstraint(["organisation"], ["organisations.id"], name="projects_organisation_fk"),
         sa.UniqueConstraint("organisation", "name", name="projects_organisation_name_key"),
@@ -206,7 +220,7 @@ def _keys() -> None:
         keys.alter_column("tenant", new_column_name="organisation")
         keys.add_column(sa.Column("project", sa.Text, nullable=False, server_default="default"))
         keys.add_column(sa.Column("role", sa.Text, nullable=False, server_default="member"))
-        keys.add_column(sa.Column("expires_at", sa.Integer))
+        keys.add_column(sa.Column("expires_at", BIG))
         keys.add_column(sa.Column("models", sa.LargeBinary))
     op.create_index(
         "api_keys_live_name_ix",
