@@ -5,9 +5,7 @@ operations run on the counters in memory, whose library lives by the machine's c
 """
 
 import asyncio
-import shutil
-import subprocess
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -217,34 +215,6 @@ TestInMemory = Limiting.TestCase
 TestInMemory.settings = settings(max_examples=100, stateful_step_count=40)
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis of the tests' own, empty, that writes nothing."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not on PATH (Debian: apt-get install redis-server)")
-    path = tmp_path_factory.mktemp("redis")
-    url = f"unix://{path / 'socket'}"
-    arguments = ["--port", "0", "--unixsocket", str(path / "socket"), "--save", "", "--dir", str(path)]
-    with subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL) as server:
-        try:
-            answers(url, server)
-            yield url
-        finally:
-            server.terminate()
-
-
-def answers(url: str, server: "subprocess.Popen[bytes]") -> None:
-    while True:
-        assert server.poll() is None, "redis-server has ended"
-        try:
-            with redis.Redis.from_url(url) as client:
-                client.ping()
-            return
-        except redis.ConnectionError:
-            continue
-
-
 def test_in_redis(redis_url: str) -> None:
     """Its keys live a minute of real time, longer than any example here."""
 
@@ -289,6 +259,26 @@ async def test_processes_on_one_redis_never_admit_more_than_the_limit(redis_url:
     assert state.minute_tokens is not None and state.minute_tokens.remaining == 500 - 2 * len(admitted)
     for store in stores:
         await store.close()
+
+
+async def test_a_redis_that_has_started_again_is_used_again(redis_url: str) -> None:
+    """Its counts are gone, and a turn that has taken of the old ones gives back none of the new ones."""
+    own = msgspec.json.encode(OrgLimits(tpm=500))
+    acme = Principal("acme", "acme", "default", 1, "k", Role.MEMBER, limits=own)
+    store = await asyncio.to_thread(open_rate_store, redis_url)
+    rates = RateLimits(RatesConfig(), store, FakeClock(), capturing_log()[0])
+    async with rates.enter(acme) as ticket:
+        await rates.admit(ticket, 400)
+        with redis.Redis.from_url(redis_url) as client:  # what a start leaves of the old one: nothing
+            client.flushall()
+            assert client.client_kill_filter(_type="normal", skipme=True) == 1
+        async with rates.enter(acme) as next_ticket:
+            while (refused := await refusal(rates.admit(next_ticket, 300))) is not None:
+                assert refused.kind is ErrorKind.OVERLOADED  # until the loop has seen that the connection is gone
+        await rates.correct(ticket, 0)
+    state = await rates.state(acme)
+    assert state.minute_tokens is not None and state.minute_tokens.remaining == 500
+    await store.close()
 
 
 async def test_a_redis_that_is_not_there_refuses_limited_turns_only(tmp_path: Path) -> None:

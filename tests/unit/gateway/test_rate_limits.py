@@ -219,12 +219,15 @@ async def test_more_used_than_admitted_counts_too(rates: RateLimits) -> None:
 
 async def test_a_correction_does_not_reach_the_next_minute(rates: RateLimits, clock: FakeClock) -> None:
     acme = limited(tpm=100, tpd=1000)
+    clock.advance(MINUTE_S / 2)
     async with rates.enter(acme) as ticket:
         await rates.admit(ticket, 80)
-        clock.advance(MINUTE_S)
+        minute = ticket.taken[0]
+        clock.advance(MINUTE_S / 2)
         await begin(rates, acme, 50)
         await rates.correct(ticket, 10)
     assert await left(rates, acme) == (None, 50, 1000 - 50 - 10)
+    assert await rates._counters.get(minute.key) == 80  # the store is not asked to change what nobody will read
 
 
 async def test_a_count_the_store_has_forgotten_does_not_become_a_credit(rates: RateLimits) -> None:
@@ -281,6 +284,38 @@ async def test_a_store_that_fails_refuses_turns_and_ends_none(clock: FakeClock) 
     assert "address" not in str(lines)
     rates.check_integrity()
     assert not rates._places
+
+
+async def test_a_request_that_does_not_fit_touches_no_counter(rates: RateLimits) -> None:
+    """Else one client's refused requests would, for a moment, keep out another one's that fit."""
+    acme = limited(rpm=2, tpm=100, tpd=50)
+    await begin(rates, acme, 50)
+    counters, changed = rates._counters, []
+    incr = counters.incr
+
+    async def told(key: str, expiry: int, amount: int = 1) -> int:
+        changed.append(key.split("/")[1])
+        return await incr(key, expiry, amount)
+
+    counters.incr = told  # type: ignore[method-assign]
+    await refused(rates, acme, 1)  # by the day
+    await refused(rates, acme)  # by the minute's requests
+    assert changed == ["rpm"]
+
+
+async def test_a_store_that_fails_half_way_gets_back_what_it_gave(rates: RateLimits) -> None:
+    acme = limited(tpm=100, tpd=1000)
+    counters = rates._counters
+    incr = counters.incr
+
+    async def failing(key: str, expiry: int, amount: int = 1) -> int:
+        if "/tpd/" in key:
+            raise StorageError(ConnectionError())
+        return await incr(key, expiry, amount)
+
+    counters.incr = failing  # type: ignore[method-assign]
+    assert (await refused(rates, acme, 40)).kind is ErrorKind.OVERLOADED
+    assert await left(rates, acme) == (None, 100, 1000)
 
 
 async def test_a_turn_cancelled_while_it_is_admitted_gives_back_what_it_took(rates: RateLimits) -> None:
