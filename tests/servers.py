@@ -12,14 +12,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import psycopg
 import pytest
 import redis
-from psycopg import sql
 
 from keepwarm.storage import database_path
 
@@ -27,6 +24,7 @@ START_S = 60.0  # a start takes less than a second; a machine with other work ma
 SHORT_DIRECTORY = "/tmp"  # the path of a Unix socket has at most 107 bytes, and pytest's own directories are long
 USERS = ("postgres", "nobody")  # PostgreSQL refuses to run as root; the first is there with Debian's package
 OWNER = "keepwarm"
+DATABASE = "tests"
 
 
 class PostgreSQL:
@@ -38,7 +36,6 @@ class PostgreSQL:
         self._directory = directory
         self._user = user
         self._process: subprocess.Popen[bytes] | None = None
-        self._numbers = count(1)
 
     def create(self) -> None:
         """Make the cluster's files."""
@@ -73,15 +70,14 @@ class PostgreSQL:
     def url(self, database: str) -> str:
         return f"postgresql://{OWNER}@/{database}?host={self._directory}"
 
-    @contextmanager
-    def database(self) -> Iterator[str]:
-        """The URL of a new, empty database, which is dropped in the end."""
-        name = f"test_{next(self._numbers)}"
+    def empty(self, database: str) -> None:
+        """Make it as good as new: a new one takes 0.3 s. Whoever is still connected to it is not any more."""
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        yield self.url(name)
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+            connection.execute(f"ALTER ROLE {OWNER} IN DATABASE {database} RESET ALL")
+            connected = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s"
+            connection.execute(connected, [database])
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
 
     def log(self) -> str:
         """What the programs have written."""
@@ -117,6 +113,8 @@ def postgresql_server() -> Iterator[PostgreSQL]:
     try:
         server.create()
         server.start()
+        with psycopg.connect(server.url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {DATABASE}")
         yield server
     finally:
         server.stop()
@@ -124,10 +122,10 @@ def postgresql_server() -> Iterator[PostgreSQL]:
 
 
 @pytest.fixture
-def postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
+def postgresql_url(postgresql_server: PostgreSQL) -> str:
     """The URL of an empty database."""
-    with postgresql_server.database() as url:
-        yield url
+    postgresql_server.empty(DATABASE)
+    return postgresql_server.url(DATABASE)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -22,7 +22,7 @@ from keepwarm.cache.objects import Objects
 from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag, Walk
 from keepwarm.core.errors import ApiError
 from keepwarm.core.request import Message, ObjectDialect, TextPart, ToolChoice, ToolMode
-from keepwarm.storage import Storage, database_path
+from keepwarm.storage import Storage
 from keepwarm.tables import cache_objects
 
 T = TypeVar("T")
@@ -305,8 +305,8 @@ class Machine(RuleBasedStateMachine):
         assert self.run(self.objects.everyones()) == list(self.twin.objects.values())
 
 
-def test_objects_do_what_the_naive_twin_does(tmp_path: Path) -> None:
-    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+def test_objects_do_what_the_naive_twin_does(any_database: Path | str) -> None:
+    storage = Storage.open(any_database, busy_s=1.0)
     with asyncio.Runner() as runner:
         run_state_machine_as_test(
             lambda: Machine(runner, storage), settings=settings(max_examples=25, stateful_step_count=40)

@@ -64,7 +64,7 @@ def test_opens_durable_and_with_bounds_on_every_wait(storage: Storage) -> None:
 
 @pytest.mark.parametrize("given, kept", [("off", "on"), ("remote_apply", "remote_apply")])
 def test_a_database_that_does_not_wait_for_the_disk_is_made_to(postgresql_url: str, given: str, kept: str) -> None:
-    with psycopg.connect(postgresql_url) as connection:
+    with psycopg.connect(postgresql_url) as connection:  # such settings are gone when the next test begins
         connection.execute(f"ALTER ROLE keepwarm IN DATABASE {connection.info.dbname} SET synchronous_commit = {given}")
     storage = Storage.open(postgresql_url, busy_s=1.0)
     assert shown(storage, "synchronous_commit") == [kept]

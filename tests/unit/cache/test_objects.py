@@ -9,7 +9,7 @@ from keepwarm.cache.objects import Objects, after
 from keepwarm.core.cache_object import TRANSITIONS, CacheObject, Cause, ObjectStatus, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Mark, Message, TextPart, Tool, ToolCall, ToolChoice, ToolMode
-from keepwarm.storage import Storage, database_path
+from keepwarm.storage import Storage
 from keepwarm.tables import cache_objects, cache_tags
 
 ALICE, BOB = "alice", "bob"
@@ -22,8 +22,8 @@ TOOLS = (Tool("CodeRunner", "runs code", '{"type":"object","properties":{"code":
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
-    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+def storage(any_database: Path | str) -> Iterator[Storage]:
+    storage = Storage.open(any_database, busy_s=1.0)
     yield storage
     storage.close()
 
