@@ -241,20 +241,25 @@ holds = sa.Table(  # the open ones
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("expires_at", sa.Float, nullable=False),
     sa.Index("holds_expires_at_ix", "expires_at"),
+    sa.Index("holds_organisation_ix", "organisation"),
 )
 
 budgets = sa.Table(
     "budgets",
     METADATA,
     sa.Column("scope", sa.Text, nullable=False),  # "org:ORG", "project:ORG/NAME", "key:ID"
+    sa.Column("organisation", sa.Text, nullable=False),
     sa.Column("currency", sa.Text, nullable=False),
     sa.Column("period", sa.Text, nullable=False),  # "day", "month" (both UTC) or "total"
     sa.Column("soft_nano", BIG),
     sa.Column("hard_nano", BIG),
     sa.PrimaryKeyConstraint("scope", "currency", "period"),
+    sa.Index("budgets_organisation_ix", "organisation"),
 )
 
-spending = sa.Table(  # what has been charged and is held within a budget's period
+# What has been charged in a budget's periods, from the one on in which it was set. What is held is the sum of open holds,
+# whenever they began: each of them may be settled in any period that begins before it is closed.
+spending = sa.Table(
     "spending",
     METADATA,
     sa.Column("scope", sa.Text, nullable=False),
@@ -262,7 +267,6 @@ spending = sa.Table(  # what has been charged and is held within a budget's peri
     sa.Column("period", sa.Text, nullable=False),
     sa.Column("period_start", BIG, nullable=False),  # unix seconds; 0 for "total"
     sa.Column("spent_nano", BIG, nullable=False),
-    sa.Column("held_nano", BIG, nullable=False),
     sa.PrimaryKeyConstraint("scope", "currency", "period", "period_start"),
 )
 
@@ -297,6 +301,7 @@ repeats = sa.Table(  # requests that carried an Idempotency-Key
     sa.Column("turn_id", sa.Text, nullable=False),  # of the attempt that is running or was the last
     sa.Column("n_attempts", sa.Integer, nullable=False),
     sa.Column("charged_nano", BIG, nullable=False),  # by all attempts together
+    sa.Column("currency", sa.Text),  # of that; NULL: nothing has been charged
     sa.Column("at", sa.Float, nullable=False),
     sa.PrimaryKeyConstraint("organisation", "key_digest"),
     sa.Index("repeats_at_ix", "at"),

@@ -157,15 +157,18 @@ def _sums() -> None:
         sa.PrimaryKeyConstraint("turn_id", name="holds_pk"),
     )
     op.create_index("holds_expires_at_ix", "holds", ["expires_at"])
+    op.create_index("holds_organisation_ix", "holds", ["organisation"])
     op.create_table(
         "budgets",
         sa.Column("scope", sa.Text, nullable=False),
+        sa.Column("organisation", sa.Text, nullable=False),
         sa.Column("currency", sa.Text, nullable=False),
         sa.Column("period", sa.Text, nullable=False),
         sa.Column("soft_nano", BIG),
         sa.Column("hard_nano", BIG),
         sa.PrimaryKeyConstraint("scope", "currency", "period", name="budgets_pk"),
     )
+    op.create_index("budgets_organisation_ix", "budgets", ["organisation"])
     op.create_table(
         "spending",
         sa.Column("scope", sa.Text, nullable=False),
@@ -173,7 +176,6 @@ def _sums() -> None:
         sa.Column("period", sa.Text, nullable=False),
         sa.Column("period_start", BIG, nullable=False),
         sa.Column("spent_nano", BIG, nullable=False),
-        sa.Column("held_nano", BIG, nullable=False),
         sa.PrimaryKeyConstraint("scope", "currency", "period", "period_start", name="spending_pk"),
     )
 
@@ -208,6 +210,7 @@ def _meters() -> None:
         sa.Column("turn_id", sa.Text, nullable=False),
         sa.Column("n_attempts", sa.Integer, nullable=False),
         sa.Column("charged_nano", BIG, nullable=False),
+        sa.Column("currency", sa.Text),
         sa.Column("at", sa.Float, nullable=False),
         sa.PrimaryKeyConstraint("organisation", "key_digest", name="repeats_pk"),
     )
