@@ -26,6 +26,7 @@ PACKAGED_ALIASES = (  # the names in the vendors' published examples, so that th
     "gemini-1.5-flash-001",
 )
 NORMALISERS = ("billing-header", "clock", "moving-reminder")  # what keepwarm.cache.normalise can do
+POSTGRESQL_SCHEME = "postgresql://"
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 MIB = 1024 * 1024
 DISK_BYTES_DEFAULT = 10_000_000_000
@@ -162,6 +163,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8080
     data_dir: str = ""
+    database_url: str = ""  # of a PostgreSQL database; "": SQLite, in data_dir
     dev: bool = False
     log_format: Literal["auto", "console", "json"] = "auto"
     model: ModelConfig = ModelConfig()
@@ -181,7 +183,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             return self.cache.disk_bytes
         path = self.store_dir()
         held = sum(entry.stat().st_size for entry in path.glob("*/*")) if path.is_dir() else 0
-        Path(self.data_dir).mkdir(parents=True, exist_ok=True)
+        Path(self.data_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
         return min(DISK_BYTES_DEFAULT, (shutil.disk_usage(self.data_dir).free + held) // 10)
 
     def store_dir(self) -> Path:
@@ -226,6 +228,11 @@ def default_data_dir() -> str:
     return str(Path(base) / "keepwarm")
 
 
+def default_database_url() -> str:
+    """$KEEPWARM_DATABASE_URL: where it is kept out of command lines, which others on the machine can read."""
+    return os.environ.get("KEEPWARM_DATABASE_URL", "")
+
+
 def default_api_key() -> str | None:
     """$KEEPWARM_API_KEY: what the commands that ask a running server show it."""
     return os.environ.get("KEEPWARM_API_KEY")
@@ -247,6 +254,7 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
     for key, value in overrides.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     raw.setdefault("data_dir", default_data_dir())
+    raw.setdefault("database_url", default_database_url())
     model = raw.get("model", {})
     if model.get("path") is not None and "name" not in model:
         model = {"name": Path(model["path"]).stem, "aliases": [], "prepare": "off", **model}
@@ -257,6 +265,8 @@ def load(path: str | None, overrides: dict[str, Any]) -> Config:
         raise ConfigError(f"config {path or 'on the command line'}: {exc}") from exc
     if config.dev and config.host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(f"--dev accepts any key, so it binds loopback only; remove --host {config.host} or --dev")
+    if config.database_url and not config.database_url.startswith(POSTGRESQL_SCHEME):
+        raise ConfigError(f"database_url must begin with {POSTGRESQL_SCHEME}; empty is a file in data_dir")
     for name in config.model.normalise:
         if name not in NORMALISERS:
             where = f"config {path or 'on the command line'}: $.model.normalise"

@@ -18,6 +18,7 @@ import importlib
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -68,10 +69,10 @@ class Storage:
         self._room = asyncio.Semaphore(JOBS_MAX)
 
     @classmethod
-    def open(cls, where: Path | str, busy_s: float) -> Self:
+    def open(cls, where: Path | str, busy_s: float, *, create: bool = True) -> Self:
         """Open a SQLite file, making it and its directory if need be, or the PostgreSQL database of a URL.
 
-        Its tables are brought up to date. `busy_s` is how long a transaction waits for another process to finish its
+        Its tables are brought up to date; without `create`, a database that has none is refused. `busy_s` is how long a transaction waits for another process to finish its
         own, and how long connecting may take. Raises StorageError, whose message never has the URL's password.
         """
         if isinstance(where, Path):
@@ -83,7 +84,7 @@ class Storage:
             shown, remedy = _shown(engine.url), "see to it, or choose another database_url"
         storage = cls(engine, ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage"))
         try:
-            storage.run_sync(_migrate)
+            storage.run_sync(partial(_migrate, create=create))
         except (sa.exc.DBAPIError, CommandError, ApiError) as exc:
             storage.close()
             raise StorageError(f"cannot use database {shown}: {_reason(exc)}; {remedy}") from exc
@@ -237,8 +238,10 @@ def _begin_with(engine: sa.Engine, statement: str) -> None:
     sa.event.listen(engine, "begin", begin)
 
 
-def _migrate(connection: sa.Connection) -> None:
+def _migrate(connection: sa.Connection, *, create: bool) -> None:
     """Apply what is missing of keepwarm/migrations, all of it or, on an error, none."""
+    if not create and not sa.inspect(connection).has_table("alembic_version"):
+        raise CommandError("it has no tables of a server; start one on it first")
     if connection.dialect.name == "postgresql":
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":

@@ -12,7 +12,7 @@ from rich.table import Table
 from keepwarm.cache.objects import Objects
 from keepwarm.cli.database import with_storage
 from keepwarm.cli.failure import fail
-from keepwarm.cli.options import AsJson, DataDir, TenantFilter
+from keepwarm.cli.options import AsJson, DatabaseUrl, DataDir, TenantFilter
 from keepwarm.cli.show import shown_time
 from keepwarm.core.cache_object import CacheObject
 from keepwarm.core.clock import SystemClock
@@ -50,9 +50,11 @@ class Whole(Summary):
     tools: tuple[Tool, ...]
 
 
-def list_objects(tenant: TenantFilter = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def list_objects(
+    tenant: TenantFilter = None, as_json: AsJson = False, data_dir: DataDir = None, database_url: DatabaseUrl = None
+) -> None:
     """List cache objects, oldest first."""
-    objects = with_storage(data_dir, lambda storage: Objects(storage).everyones(tenant))
+    objects = with_storage(data_dir, lambda storage: Objects(storage).everyones(tenant), database_url=database_url)
     now = SystemClock().now()
     if as_json:
         _print_json([_summary(obj, now) for obj in objects])
@@ -69,9 +71,15 @@ def list_objects(tenant: TenantFilter = None, as_json: AsJson = False, data_dir:
     Console().print(table if objects else "no cache objects")
 
 
-def show(object_id: ObjectId, tenant: TenantFilter = None, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def show(
+    object_id: ObjectId,
+    tenant: TenantFilter = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
     """Show one cache object with its messages."""
-    obj = with_storage(data_dir, lambda storage: _find(storage, object_id, tenant))
+    obj = with_storage(data_dir, lambda storage: _find(storage, object_id, tenant), database_url=database_url)
     now = SystemClock().now()
     if as_json:
         _print_json(Whole(**msgspec.structs.asdict(_summary(obj, now)), messages=obj.messages, tools=obj.tools))
@@ -89,14 +97,16 @@ def show(object_id: ObjectId, tenant: TenantFilter = None, as_json: AsJson = Fal
     Console().print(table)
 
 
-def delete(object_id: ObjectId, tenant: TenantFilter = None, data_dir: DataDir = None) -> None:
+def delete(
+    object_id: ObjectId, tenant: TenantFilter = None, data_dir: DataDir = None, database_url: DatabaseUrl = None
+) -> None:
     """Delete a cache object and its tags; a running server then frees its memory at the next sweep."""
 
     async def work(storage: Storage) -> bool:
         obj = await _find(storage, object_id, tenant)
         return await Objects(storage).delete(obj.tenant, obj.id)
 
-    with_storage(data_dir, work)
+    with_storage(data_dir, work, database_url=database_url)
     typer.echo(f"deleted {object_id}")
 
 

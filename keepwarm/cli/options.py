@@ -17,6 +17,15 @@ DataDir = Annotated[
         show_default=False,
     ),
 ]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database-url",
+        metavar="URL",
+        help="PostgreSQL database in place of the directory's (default: $KEEPWARM_DATABASE_URL, which keeps a password out of sight).",
+        show_default=False,
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with the configuration.")]
 ModelFile = Annotated[
     Path | None, typer.Option("--model", metavar="FILE.gguf", help="Model to serve instead of the packaged one.")

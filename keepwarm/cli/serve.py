@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from keepwarm.cli.failure import fail
-from keepwarm.cli.options import ConfigFile, DataDir, ModelFile, configured
+from keepwarm.cli.options import ConfigFile, DatabaseUrl, DataDir, ModelFile, configured
 
 EXAMPLE = "keepwarm serve --dev --port 9000"
 
@@ -23,11 +23,12 @@ def serve(
     host: Host = None,
     port: Port = None,
     data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
     model: ModelFile = None,
     dev: Dev = False,
 ) -> None:
     """Serve until interrupted. Options win over the configuration file; without either the packaged model is served."""
-    config = configured(config_file, model, data_dir, host=host, port=port, dev=dev or None)
+    config = configured(config_file, model, data_dir, host=host, port=port, database_url=database_url, dev=dev or None)
     app = importlib.import_module("keepwarm.app")  # here, so that the other commands start in half the time
     try:
         app.serve(config)

@@ -57,9 +57,11 @@ class Server:
 
 
 @asynccontextmanager
-async def server(data_dir: Path, clock: FakeClock, *, root: bytes = b"root", **bounds: int) -> AsyncIterator[Server]:
+async def server(where: Path | str, clock: FakeClock, *, root: bytes = b"root", **bounds: int) -> AsyncIterator[Server]:
+    """`where` is a data directory, or the URL of a database."""
     log, logged = capturing_log()
-    storage = await asyncio.to_thread(Storage.open, database_path(data_dir), 0.05)
+    database = database_path(where) if isinstance(where, Path) else where
+    storage = await asyncio.to_thread(Storage.open, database, 0.05)
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, CountingIds(), log, tasks)
@@ -68,6 +70,11 @@ async def server(data_dir: Path, clock: FakeClock, *, root: bytes = b"root", **b
             yield Server(subject, storage, clock, logged)
     finally:
         await asyncio.to_thread(storage.close)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    return tmp_path if request.param == "sqlite" else str(request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture
@@ -108,26 +115,26 @@ async def test_each_use_renews(tmp_path: Path, clock: FakeClock) -> None:
         assert (expired.read_end, expired.n_expired) == (0, 1000)
 
 
-async def test_entries_survive_a_restart_and_expire_over_it(tmp_path: Path, clock: FakeClock) -> None:
-    async with server(tmp_path, clock) as here:
+async def test_entries_survive_a_restart_and_expire_over_it(where: Path | str, clock: FakeClock) -> None:
+    async with server(where, clock) as here:
         here.ask("a", (1000, 3600), (2000, 300))
     clock.advance(600)
-    async with server(tmp_path, clock) as again:
+    async with server(where, clock) as again:
         chosen = again.ask("a", (2000, 300))
         assert chosen is not None
         assert (chosen.read_end, chosen.n_expired) == (1000, 2000)
-    async with server(tmp_path, clock, root=b"another model") as other:
+    async with server(where, clock, root=b"another model") as other:
         assert other.read("a", (2000, 300)) == 0
 
 
-async def test_what_expired_long_ago_is_deleted_at_start(tmp_path: Path, clock: FakeClock) -> None:
-    async with server(tmp_path, clock) as here:
+async def test_what_expired_long_ago_is_deleted_at_start(where: Path | str, clock: FakeClock) -> None:
+    async with server(where, clock) as here:
         here.ask("a", (1000, 300))
     clock.advance(300 + 3599)
-    async with server(tmp_path, clock) as again:
+    async with server(where, clock) as again:
         assert len(await again.rows()) == 1
     clock.advance(1)
-    async with server(tmp_path, clock) as again:
+    async with server(where, clock) as again:
         assert await again.rows() == []
 
 
@@ -147,9 +154,9 @@ async def test_a_renewal_by_a_moment_is_not_written(tmp_path: Path, clock: FakeC
         assert await here.rows() == [("a", 1000, clock.now() + 3600)]
 
 
-async def test_those_that_expire_first_make_room_in_both_places(tmp_path: Path, clock: FakeClock) -> None:
+async def test_those_that_expire_first_make_room_in_both_places(where: Path | str, clock: FakeClock) -> None:
     n_max = ENTRIES_DROPPED + 100
-    async with server(tmp_path, clock, entries_max=n_max) as here:
+    async with server(where, clock, entries_max=n_max) as here:
         here.ask("other", (1000, 300))
         for n in range(n_max + 1):
             here.ask("a", (1000, 300), first=n * 10_000, n_tokens=1000)
