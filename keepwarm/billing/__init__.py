@@ -3,8 +3,11 @@
 sheet      price sheets: vendors' published prices and the operator's own, read from TOML
 price      usage and a sheet give a charge: the one place that computes money
 row        what the ledger keeps
+act        what is asked of the ledger for a turn or a cache object
+budget     soft and hard stops by day, month or altogether
 books      holds, charges, vouchers and budgets as pure bookkeeping
-ledger     the books in the database, in groups of calls
+book_rows  the books in the database's tables
+ledger     acts and credit in the database, in groups of calls
 meter      storage of cache objects by time
 report     what was used, by day, key, model, dialect and class
 """

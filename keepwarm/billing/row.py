@@ -9,7 +9,7 @@ Every row says what it adds to each, so at any time each sum is the sum of the r
     settle    the turn is over and cost this much           held −, voucher − first, then cash −
     release   the turn never began to use anything          held −
     expire    nobody closed the hold in its time            held −
-    creation  a cache object was made                       voucher −, cash −
+    creation  a cache object was made                       held − where it was held, voucher −, cash −
     storage   a cache object was kept                       voucher −, cash −
     adjust    the operator corrects something               cash ±
 """
