@@ -10,14 +10,16 @@ next, so losing them costs time only:
 
 With a disk tier (`is_durable`) leases outlive both processes, so a lost engine changes nothing until the next one has
 said what it holds; without one, ready objects are pending as soon as it is gone. An object is settled by generation, so
-a computation begun before an update or in a lost engine is never taken for it. `computed` is for a call that waits for
-the outcome: it is told by whatever ends the object's being pending.
+a computation begun before an update or in a lost engine is never taken for it; and nothing is computed in an engine
+whose leases were not yet compared with the database, which would make what is ready by then pending again. `computed`
+is for a call that waits for the outcome: it is told by whatever ends the object's being pending.
 """
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Protocol
 
 from keepwarm.cache.objects import Objects
@@ -83,6 +85,7 @@ class Warming:
         self._pinned: set[str] = set()
         self._damaged: set[str] = set()  # ready objects to be computed again
         self._adopted_epoch = 0  # the latest whose leases were compared with the database
+        self._adopted = asyncio.Event()
         self._last_used: dict[str, float] = {}  # monotonic, of objects used by this process
         self._attempts: dict[str, int] = {}  # engine losses while computing this object
         self._awaited: dict[str, asyncio.Future[Failed | None]] = {}  # by object id: calls that wait for the outcome
@@ -137,11 +140,18 @@ class Warming:
                     settled = False
                 if not settled:
                     self._wanted.setdefault(object_id, tenant)
-                    await asyncio.sleep(RETRY_S)
+                    await self._rest()
             self._wake.clear()
             self._is_idle = True
             await self._wake.wait()
             self._is_idle = False
+
+    async def _rest(self) -> None:
+        """Until the next attempt: a while, or until an engine's leases have been compared with the database."""
+        self._adopted.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_S):
+                await self._adopted.wait()
 
     def _next(self) -> tuple[str, str]:
         """Those that a call waits for go first, in the order of asking: the last in first out would let some time out."""
@@ -149,13 +159,13 @@ class Warming:
         return self._wanted.popitem() if awaited is None else (awaited, self._wanted.pop(awaited))
 
     async def warm(self, tenant: str, object_id: str) -> bool:
-        """Compute one object if it is pending, or ready and damaged. False: its engine was lost, try again.
+        """Compute one object if it is pending, or ready and damaged. False: its engine was lost or is new, try again.
 
         Raises ApiError: ENGINE_DOWN, OVERLOADED (engine or database).
         """
         epoch = self._engine.status().epoch
-        if self._is_durable and self._adopted_epoch != epoch:
-            return False  # what is made ready now could be taken for a lease that did not survive
+        if self._adopted_epoch != epoch:
+            return False  # what is made ready now would be taken for an object whose lease did not survive
         obj = await self._objects.get(tenant, object_id)
         status = None if obj is None else obj.effective_status(self._clock.now())
         is_repair = status is ObjectStatus.READY and object_id in self._damaged
@@ -189,7 +199,8 @@ class Warming:
             if obj.status is ObjectStatus.READY:  # a lost engine is no fault of its lease: turns compute what it lacks
                 self._log.error("lease not repaired", object_id=object_id, tenant=obj.tenant, reason=failure.message)
                 return True
-        if failure is None and self._engine.status().epoch != epoch:
+        status = self._engine.status()
+        if failure is None and (status.state is not EngineState.READY or status.epoch != epoch):
             return False  # computed in a process that is gone
         return await self._settle(obj, n_tokens, failure)
 
@@ -253,6 +264,7 @@ class Warming:
         self._pinned = self._pinned | held if self._is_durable else set()
         lost = await self._objects.engine_lost(self._clock.now(), held)
         self._adopted_epoch = epoch
+        self._adopted.set()
         self._log.info(f"engine {status.state.value}", epoch=epoch, leases=len(held), objects_to_compute=len(lost))
         self._refill(lost)
         await self._drop_dead(held)

@@ -201,6 +201,33 @@ async def test_an_engine_lost_on_the_way_is_waited_for(server: World, monkeypatc
     assert len(server.engine.plans) == 2
 
 
+async def test_it_is_made_in_no_engine_whose_coming_would_still_make_it_pending(
+    server: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warming, "RETRY_S", 0.0)
+    told: list[int] = []
+
+    def script(plan: Plan) -> list[Event]:
+        if plan.pin_id and not told:
+            server.engine.lose()
+            told.extend(server.engine._epochs)
+            server.engine._epochs.clear()
+        return list(says("ok")(plan))
+
+    server.engine.script = script
+    call = asyncio.create_task(made(server))
+    await until(lambda: bool(told))
+    await asyncio.wait([call], timeout=0.2)
+    assert not call.done(), "the new engine's leases were not yet compared with the database"
+    assert len(server.engine.plans) == 1
+    for epoch in told:
+        server.engine._tell(epoch)
+    cached = await call
+    assert cached.status is ObjectStatus.READY
+    assert await caching(server).get(cached.tenant, cached.id, "gemini") == cached
+    assert len(server.engine.plans) == 2
+
+
 async def test_an_engine_that_is_not_there_is_told_at_once(server: World) -> None:
     server.engine.state = EngineState.DOWN
     with pytest.raises(ApiError) as caught:
