@@ -32,6 +32,7 @@ class Summary(Struct):
 
     id: str
     tenant: str
+    dialect: str  # of the API it was made through, which alone shows it
     model: str
     status: str
     n_tokens: int
@@ -61,12 +62,12 @@ def list_objects(
         return
     table = Table()
     table.add_column("id", no_wrap=True)
-    for heading in ("tenant", "status", "name", "expires"):
+    for heading in ("tenant", "dialect", "status", "name", "expires"):
         table.add_column(heading)
     table.add_column("tokens", justify="right")
     for obj in objects:
         status = obj.effective_status(now).value
-        row = (obj.id, obj.tenant, status, obj.name, shown_time(obj.expires_at), f"{obj.n_tokens:,}")
+        row = (obj.id, obj.tenant, obj.dialect, status, obj.name, shown_time(obj.expires_at), f"{obj.n_tokens:,}")
         table.add_row(*map(escape, row))
     Console().print(table if objects else "no cache objects")
 
@@ -122,6 +123,7 @@ def _summary(obj: CacheObject, now: float) -> Summary:
     return Summary(
         id=obj.id,
         tenant=obj.tenant,
+        dialect=obj.dialect,
         model=obj.model,
         status=obj.effective_status(now).value,
         n_tokens=obj.n_tokens,

@@ -9,14 +9,14 @@ from typer.testing import CliRunner, Result
 from keepwarm.cache.objects import Objects
 from keepwarm.cli.root import build
 from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus
-from keepwarm.core.request import Message, TextPart, Tool
+from keepwarm.core.request import Message, ObjectDialect, TextPart, Tool
 from keepwarm.storage import Storage, database_path
 
 FAR = 4_000_000_000  # a time none of these tests sees
 Run = Callable[..., Result]
 
 
-def an_object(object_id: str, tenant: str, expires_at: int, text: str) -> CacheObject:
+def an_object(object_id: str, tenant: str, expires_at: int, text: str, dialect: ObjectDialect = "kimi") -> CacheObject:
     return CacheObject(
         id=object_id,
         tenant=tenant,
@@ -29,6 +29,7 @@ def an_object(object_id: str, tenant: str, expires_at: int, text: str) -> CacheO
         n_tokens=12_345,
         name="[red]handbook",
         metadata=(("biz", "1"),),
+        dialect=dialect,
     )
 
 
@@ -37,7 +38,7 @@ def caches(tmp_path: Path) -> Run:
     async def fill(storage: Storage) -> None:
         objects = Objects(storage)
         await objects.insert(an_object("cache-a", "alice", FAR, "x" * 5000), ("t",))
-        await objects.insert(an_object("cache-b", "bob", 1_700_000_001, "short"))
+        await objects.insert(an_object("cache-b", "bob", 1_700_000_001, "short", "gemini"))
         await objects.settle("cache-a", 0, Cause.COMPUTED)
 
     storage = Storage.open(database_path(tmp_path), busy_s=1.0)
@@ -54,9 +55,9 @@ def caches(tmp_path: Path) -> Run:
 
 def test_the_list_tells_what_a_client_would_be_told(caches: Run) -> None:
     lines = [line for line in caches("list").stdout.splitlines() if "cache-" in line]
-    assert [line.split("│")[1:4] for line in lines] == [
-        [" cache-a ", " alice  ", " ready    "],
-        [" cache-b ", " bob    ", " inactive "],
+    assert [line.split("│")[1:5] for line in lines] == [
+        [" cache-a ", " alice  ", " kimi    ", " ready    "],
+        [" cache-b ", " bob    ", " gemini  ", " inactive "],
     ]
     assert "[red]handbook" in lines[0]
     assert "12,345" in lines[0]
@@ -68,6 +69,7 @@ def test_the_list_as_json_and_of_one_tenant(caches: Run) -> None:
     assert only == {
         "id": "cache-b",
         "tenant": "bob",
+        "dialect": "gemini",
         "model": "moonshot-v1",
         "status": "inactive",
         "n_tokens": 12345,
@@ -86,6 +88,7 @@ def test_one_object_with_its_messages(caches: Run) -> None:
     shown = caches("show", "cache-a").stdout
     assert "(5,000 characters)" in shown
     assert "look_up: finds things" in shown
+    assert [line.split() for line in shown.splitlines() if "dialect" in line] == [["│", "dialect", "│", "kimi", "│"]]
     whole = json.loads(caches("show", "cache-a", "--json").stdout)
     assert whole["messages"][0]["parts"] == [{"type": "text", "text": "x" * 5000, "mark": None}]
     assert whole["tools"][0]["name"] == "look_up"
