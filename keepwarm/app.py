@@ -41,6 +41,7 @@ from keepwarm.gateway.file_disk import FileDisk
 from keepwarm.gateway.file_rows import FileRows
 from keepwarm.gateway.files import Files
 from keepwarm.gateway.history import History
+from keepwarm.gateway.identities import Identities
 from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.reading import Reading
@@ -135,7 +136,8 @@ async def gateway(
     objects = Objects(storage)
     models = ServedModels(config.model, any_name=config.dev)
     admission = Admission(config.limits.turns_max, config.limits.turns_per_tenant_max)
-    auth = DevAuth() if config.dev else KeyAuth(storage)
+    auth = DevAuth() if config.dev else KeyAuth(storage, clock)
+    identities = Identities(storage, clock, ids, tiers=config.rates.tiers, default_tier=config.rates.default_tier)
     prompts = await _warm_prompts(config, auth)
     is_durable = await asyncio.to_thread(config.disk_bytes) != 0  # once: what is free on the disk changes
     templating = model.templating
@@ -159,7 +161,17 @@ async def gateway(
             lookups = Lookups(config.cache, models, breakpoints, history, template=templating.digest)
             turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, runtime)
             services = Services(
-                config, auth, models, turns, caching, lookups, files, model.engine, runtime, int(clock.now())
+                config,
+                auth,
+                identities,
+                models,
+                turns,
+                caching,
+                lookups,
+                files,
+                model.engine,
+                runtime,
+                int(clock.now()),
             )
             await warming.recover()
             background = [

@@ -1,60 +1,94 @@
 """keepwarm keys: make, list and revoke API keys."""
 
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from keepwarm.cli.database import with_storage
-from keepwarm.cli.failure import fail
-from keepwarm.cli.options import DataDir
+from keepwarm.cli.options import AsJson, DatabaseUrl, DataDir
+from keepwarm.cli.orgs import print_json, with_identities
 from keepwarm.cli.show import shown_time
-from keepwarm.core.clock import RandomIds, SystemClock
-from keepwarm.gateway.auth import KeyNameError, Keys
-from keepwarm.storage import Storage
+from keepwarm.core.identity import DEFAULT_PROJECT, KeyInfo, NewKey
+from keepwarm.core.principal import Role
 
-CREATE_EXAMPLE = "keepwarm keys create laptop --tenant research"
+CREATE_EXAMPLE = "keepwarm keys create laptop --org research"
 LIST_EXAMPLE = "keepwarm keys list"
 REVOKE_EXAMPLE = "keepwarm keys revoke laptop"
 
 Name = Annotated[str, typer.Argument(help="What the key is called.")]
-Tenant = Annotated[
+Owner = Annotated[
     str | None,
-    typer.Option("--tenant", metavar="TENANT", help="Who owns what is cached with this key (default: NAME)."),
+    typer.Option(
+        "--org", metavar="ORG", help='Its organisation (default: "default", which is made).', show_default=False
+    ),
 ]
+Project = Annotated[str, typer.Option("--project", metavar="PROJECT", help="The organisation's project it is for.")]
+KeyRole = Annotated[
+    Role, typer.Option("--role", help="What it may do: run the server, run its organisation, use models, or look.")
+]
+ExpiresAt = Annotated[
+    datetime | None,
+    typer.Option("--expires-at", help="When it ends by itself, in UTC.", show_default=False),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="NAME", help="A model it may use; give it once for each (default: all)."),
+]
+OnlyOrg = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this organisation's.")]
 
 
-def create(name: Name, tenant: Tenant = None, data_dir: DataDir = None) -> None:
-    """Make an API key and print it, this once: only a digest is kept. Keys of one tenant share their cache."""
-
-    async def work(storage: Storage) -> str:
-        return await Keys(storage, RandomIds()).create(name, tenant, SystemClock().now())
-
-    try:
-        key = with_storage(data_dir, work, create=True)
-    except KeyNameError as error:
-        fail(str(error))
+def create(
+    name: Name, org: Owner = None, project: Project = DEFAULT_PROJECT, role: KeyRole = Role.MEMBER,
+    expires_at: ExpiresAt = None, model: Models = None, data_dir: DataDir = None, database_url: DatabaseUrl = None,
+) -> None:  # fmt: skip
+    """Make an API key and print it, this once: only a digest is kept."""
+    ends = None if expires_at is None else int(expires_at.replace(tzinfo=UTC).timestamp())
+    new = NewKey(name, project, role, ends, tuple(model) if model else None)
+    key, _ = with_identities(
+        data_dir, database_url, lambda found: found.create_key(org, new, may_make_operators=True), create=True
+    )
     typer.echo(key)
     typer.echo("Keep it: it is not stored and cannot be shown again.", err=True)
 
 
-def list_keys(data_dir: DataDir = None) -> None:
+def list_keys(
+    org: OnlyOrg = None, as_json: AsJson = False, data_dir: DataDir = None, database_url: DatabaseUrl = None
+) -> None:
     """List all keys, revoked ones too."""
-    keys = with_storage(data_dir, lambda storage: Keys(storage, RandomIds()).list())
-    table = Table("name", "tenant", "key", "created", "revoked")
+    keys = with_identities(data_dir, database_url, lambda found: found.keys(org))
+    if as_json:
+        print_json(keys)
+        return
+    table = Table()
+    for heading in ("id", "name", "organisation", "project", "role", "models", "key", "created", "ends"):
+        table.add_column(heading, no_wrap=heading in {"id", "name", "key"})
     for key in keys:
-        revoked = "" if key.revoked_at is None else shown_time(key.revoked_at)
-        table.add_row(key.name, key.tenant, f"sk-kw-…{key.last4}", shown_time(key.created_at), revoked)
+        table.add_row(*map(escape, _row(key)))
     Console().print(table if keys else "no keys; make one with: keepwarm keys create NAME")
 
 
-def revoke(name: Name, data_dir: DataDir = None) -> None:
+def revoke(name: Name, org: OnlyOrg = None, data_dir: DataDir = None, database_url: DatabaseUrl = None) -> None:
     """Revoke a key; the next request with it is refused, also by a running server."""
-
-    async def work(storage: Storage) -> bool:
-        return await Keys(storage, RandomIds()).revoke(name, SystemClock().now())
-
-    if not with_storage(data_dir, work):
-        fail(f"there is no live key {name!r}; keepwarm keys list shows them")
+    with_identities(data_dir, database_url, lambda found: found.revoke_named(org, name))
     typer.echo(f"revoked {name}")
+
+
+def _row(key: KeyInfo) -> tuple[str, ...]:
+    if key.revoked_at is not None:
+        ends = f"revoked {shown_time(key.revoked_at)}"
+    else:
+        ends = "" if key.expires_at is None else f"expires {shown_time(key.expires_at)}"
+    return (
+        str(key.id),
+        key.name,
+        key.organisation,
+        key.project,
+        key.role.value,
+        "all" if key.models is None else ", ".join(key.models),
+        f"sk-kw-…{key.last4}",
+        shown_time(key.created_at),
+        ends,
+    )

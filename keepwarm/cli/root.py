@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import bench, caches, keys, prices
+from keepwarm.cli import bench, caches, keys, orgs, prices, projects
 from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
 from keepwarm.cli.replay import EXAMPLE as REPLAY_EXAMPLE
@@ -37,6 +37,19 @@ def build() -> typer.Typer:
     _add(bench_group, "store", bench.store, bench.STORE_EXAMPLE)
     _add(bench_group, "agent", bench.agent, bench.AGENT_EXAMPLE)
     root.add_typer(bench_group, name="bench", epilog=_epilog(bench.TTFT_EXAMPLE))
+    org_group = _group("Make, list and change organisations.")
+    _add(org_group, "create", orgs.create, orgs.CREATE_EXAMPLE)
+    _add(org_group, "list", orgs.list_organisations, orgs.LIST_EXAMPLE)
+    _add(org_group, "show", orgs.show, orgs.SHOW_EXAMPLE)
+    _add(org_group, "set", orgs.change, orgs.SET_EXAMPLE)
+    _add(org_group, "disable", orgs.disable, orgs.DISABLE_EXAMPLE)
+    _add(org_group, "enable", orgs.enable, orgs.ENABLE_EXAMPLE)
+    root.add_typer(org_group, name="orgs", epilog=_epilog(orgs.CREATE_EXAMPLE))
+    project_group = _group("Make, list and archive an organisation's projects.")
+    _add(project_group, "create", projects.create, projects.CREATE_EXAMPLE)
+    _add(project_group, "list", projects.list_projects, projects.LIST_EXAMPLE)
+    _add(project_group, "archive", projects.archive, projects.ARCHIVE_EXAMPLE)
+    root.add_typer(project_group, name="projects", epilog=_epilog(projects.CREATE_EXAMPLE))
     key_group = _group("Make, list and revoke API keys.")
     _add(key_group, "create", keys.create, keys.CREATE_EXAMPLE)
     _add(key_group, "list", keys.list_keys, keys.LIST_EXAMPLE)

@@ -1,8 +1,11 @@
-"""Who a request is done for, as the API key tells it."""
+"""Who a request is done for, as the API key tells it, and what that lets him do."""
 
+from collections.abc import Sequence
 from enum import Enum
 
 from msgspec import Struct
+
+from keepwarm.core.errors import ApiError, ErrorKind
 
 
 class Role(Enum):
@@ -12,6 +15,23 @@ class Role(Enum):
     ADMIN = "admin"  # its own organisation: projects, keys, budgets, usage
     MEMBER = "member"  # turns, cache objects, files
     READ_ONLY = "read-only"  # looks: lists, objects, usage of its own organisation; makes and spends nothing
+
+
+class Access(Enum):
+    """Who may make a call. Each but PUBLIC and READ names the least role that may."""
+
+    PUBLIC = "public"  # no key is looked at
+    READ = "read-only"  # any key
+    USE = "member"
+    ADMIN = "admin"
+    OPERATOR = "operator"
+
+    def allows(self, role: Role) -> bool:
+        """Whether a key of this role may."""
+        return self is Access.PUBLIC or RANKS.index(role) <= RANKS.index(Role(self.value))
+
+
+RANKS = tuple(Role)  # the mightiest first
 
 
 class Principal(Struct, frozen=True):
@@ -34,3 +54,30 @@ class Principal(Struct, frozen=True):
     @property
     def is_billed(self) -> bool:
         return self.key_id is not None
+
+
+def check_access(principal: Principal, access: Access) -> None:
+    """Raises ApiError(PERMISSION_DENIED) when the caller's role does not allow a call of `access`."""
+    if not access.allows(principal.role):
+        message = (
+            f"this call needs a key with the role {access.value} or above; this key's role is {principal.role.value}"
+        )
+        raise ApiError(ErrorKind.PERMISSION_DENIED, message)
+
+
+def allowed(principal: Principal, model: str) -> bool:
+    """Whether the caller's key may use a model, by the very name the request gives it: an alias has prices of its own."""
+    return principal.models is None or model in principal.models
+
+
+def check_allowed(principal: Principal, model: str) -> None:
+    """Raises ApiError(PERMISSION_DENIED), with the names that are allowed."""
+    if not allowed(principal, model):
+        names = ", ".join(principal.models or ())
+        message = f"this key may not use model {model[:100]!r}; it may use: {names}"
+        raise ApiError(ErrorKind.PERMISSION_DENIED, message, param="model")
+
+
+def allowed_names(principal: Principal, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the served `names` that the caller's key may use, in their order."""
+    return tuple(name for name in names if allowed(principal, name))

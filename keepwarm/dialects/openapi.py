@@ -11,6 +11,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from keepwarm.core.principal import Access
+
 OPENAPI_VERSION = "3.1.0"
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -32,11 +34,14 @@ class Param(Struct, frozen=True):
 class Route(Struct, frozen=True):
     """One method on one path, "/v1/caching/{cache_id}". `request` and `response` are wire types, None for no body.
 
-    `events` is the type of one server-sent event, where the route can stream. `errors` is the type of error bodies.
+    `access` says which keys may, and has no default: who adds a route decides it. A request with the query parameter
+    `bearer_param` needs no key, since its value is a secret that only who had one was given. `events` is the type of one
+    server-sent event, where the route can stream. `errors` is the type of error bodies.
     """
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
     path: str
+    access: Access
     summary: str
     request: Any = None
     response: Any = None
@@ -44,7 +49,7 @@ class Route(Struct, frozen=True):
     errors: Any = None
     params: tuple[Param, ...] = ()
     tags: tuple[str, ...] = ()
-    needs_key: bool = True
+    bearer_param: str | None = None
 
     def tagged(self, tag: str, errors: type[Struct]) -> "Route":
         """The same in the document's section `tag`, with error bodies of the type `errors`."""
@@ -92,7 +97,8 @@ def _operation(route: Route, by_shape: dict[Any, dict[str, Any]]) -> dict[str, A
         "tags": list(route.tags),
         "parameters": _parameters(route, by_shape),
         "responses": _responses(route, by_shape),
-        "security": [{BEARER: []}] if route.needs_key else [],
+        "security": [] if route.access is Access.PUBLIC else [{BEARER: []}],
+        "x-access": route.access.value,
     }
     if route.request is not None:
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": by_shape[route.request]}}}

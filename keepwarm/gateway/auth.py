@@ -1,51 +1,57 @@
 """Who is calling: an API key is looked up, or with --dev taken at its word.
 
 Keys are random (206 bits), so a plain digest of them is enough to store, and finding it by index gives nothing away: who
-can choose what to hash cannot aim at a digest. The last four characters are kept for people to tell keys apart. A revoked
-key is refused from the next request on, also when another process revoked it, since every request asks the database. No
+can choose what to hash cannot aim at a digest. Every request asks the database, so a key that is revoked, an organisation
+that is disabled and a project that is archived are refused from the next request on, also when another process did it. No
 error repeats the key it got.
+
+Keys are made in identities.py.
 """
 
-import re
+from datetime import UTC, datetime
 from hashlib import blake2b
 from hmac import compare_digest
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import sqlalchemy as sa
-from msgspec import Struct
 
-from keepwarm.core.clock import Ids
+from keepwarm.core.clock import Clock
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.identity import DEFAULT_PROJECT, tenant_of
 from keepwarm.core.principal import Principal, Role
 from keepwarm.storage import Storage
-from keepwarm.tables import api_keys
+from keepwarm.tables import api_keys, organisations, projects
 
-KEY_PREFIX = "sk-kw-"
 DIGEST_BYTES = 32
 DEV_TENANT_CHARS = 16
-DEFAULT_PROJECT = "default"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 
-
-class KeyInfo(Struct, frozen=True):
-    """What is known of a key; times in unix seconds."""
-
-    name: str
-    tenant: str
-    last4: str
-    created_at: int
-    revoked_at: int | None
-
-
-class KeyNameError(Exception):
-    """The name or tenant given for a key cannot be used; the message is one line that says what to do."""
+# Everything a request must know of its key, in one statement. An organisation or project that is not there keeps its keys
+# out, as one that is disabled does.
+_KNOWN = (
+    sa.select(
+        api_keys,
+        organisations.c.tier,
+        organisations.c.limits,
+        organisations.c.is_prepaid,
+        organisations.c.cache_scope,
+        organisations.c.disabled_at,
+        projects.c.archived_at,
+    )
+    .join(organisations, organisations.c.id == api_keys.c.organisation)
+    .join(projects, sa.and_(projects.c.organisation == api_keys.c.organisation, projects.c.name == api_keys.c.project))
+)
 
 
 class Auth(Protocol):
     """Decides who is calling."""
 
     async def principal(self, authorization: str | None) -> Principal:
-        """The caller by the Authorization header's value. Raises ApiError(UNAUTHENTICATED)."""
+        """The caller by the Authorization header's value.
+
+        Raises ApiError: UNAUTHENTICATED for a key that does not count, PERMISSION_DENIED when its organisation is disabled
+        or its project archived.
+        """
         ...
 
 
@@ -59,71 +65,42 @@ class DevAuth:
 
 
 class KeyAuth:
-    """Keys made by `Keys`."""
+    """Keys made by `Identities`."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, clock: Clock) -> None:
         self._storage = storage
+        self._clock = clock
 
     async def principal(self, authorization: str | None) -> Principal:
         wanted = digest(bearer(authorization))
-        query = sa.select(api_keys).where(api_keys.c.digest == wanted, api_keys.c.revoked_at.is_(None))
+        query = _KNOWN.where(api_keys.c.digest == wanted)
         row = await self._storage.run(lambda connection: connection.execute(query).one_or_none())
-        if row is None or not compare_digest(row.digest, wanted):
+        if row is None or not compare_digest(row.digest, wanted) or row.revoked_at is not None:
             raise ApiError(ErrorKind.UNAUTHENTICATED, "this API key is unknown or was revoked")
-        return Principal(row.organisation, row.organisation, row.project, row.seq, row.name, Role(row.role))
+        if row.expires_at is not None and row.expires_at <= self._clock.now():
+            ended = datetime.fromtimestamp(row.expires_at, UTC).isoformat(sep=" ", timespec="seconds")
+            raise ApiError(ErrorKind.UNAUTHENTICATED, f"this API key expired at {ended}")
+        if row.disabled_at is not None:
+            message = f"organisation {row.organisation!r} is disabled; whoever runs this server can enable it"
+            raise ApiError(ErrorKind.PERMISSION_DENIED, message)
+        if row.archived_at is not None:
+            raise ApiError(ErrorKind.PERMISSION_DENIED, f"project {row.project!r} of this API key is archived")
+        return _principal(row)
 
 
-class Keys:
-    """Makes and revokes keys. For the operator's command line."""
-
-    def __init__(self, storage: Storage, ids: Ids) -> None:
-        self._storage = storage
-        self._ids = ids
-
-    async def create(self, name: str, tenant: str | None, now: float) -> str:
-        """Make a key for `tenant` (None: `name` is the tenant too) and return it; it cannot be read again.
-
-        Raises KeyNameError when a live key has this name or when a name cannot be used.
-        """
-        owner = name if tenant is None else tenant
-        for what, text in (("key name", name), ("tenant", owner)):
-            if not NAME.fullmatch(text):
-                raise KeyNameError(
-                    f"{what} {text!r} cannot be used: take 1 to 64 letters, digits and _ . @ -, first a letter or digit"
-                )
-        key = KEY_PREFIX + self._ids.new("") + self._ids.new("")
-        values = {
-            "name": name,
-            "organisation": owner,
-            "digest": digest(key),
-            "last4": key[-4:],
-            "created_at": int(now),
-        }
-
-        def add(connection: sa.Connection) -> None:
-            if connection.execute(sa.select(api_keys.c.seq).where(_live(name))).first() is not None:
-                raise KeyNameError(f"there is a key {name!r} already; revoke it first, or choose another name")
-            connection.execute(sa.insert(api_keys).values(values))
-
-        await self._storage.run(add)
-        return key
-
-    async def revoke(self, name: str, now: float) -> bool:
-        """Revoke the live key of this name; False when there is none."""
-        statement = sa.update(api_keys).where(_live(name)).values(revoked_at=int(now))
-        return await self._storage.run(lambda connection: connection.execute(statement).rowcount == 1)
-
-    async def list(self) -> list[KeyInfo]:
-        """All keys ever made, oldest first."""
-        query = sa.select(api_keys).order_by(api_keys.c.seq)
-
-        def read(connection: sa.Connection) -> list[KeyInfo]:
-            return [
-                KeyInfo(row.name, row.organisation, row.last4, row.created_at, row.revoked_at)
-                for row in connection.execute(query)
-            ]
-
-        return await self._storage.run(read)
+def _principal(row: sa.Row[Any]) -> Principal:
+    return Principal(
+        tenant=tenant_of(row.organisation, row.project, row.cache_scope),
+        organisation=row.organisation,
+        project=row.project,
+        key_id=row.seq,
+        key_name=row.name,
+        role=Role(row.role),
+        models=None if row.models is None else msgspec.json.decode(row.models, type=tuple[str, ...]),
+        is_prepaid=row.is_prepaid,
+        tier=row.tier,
+        limits=row.limits,
+    )
 
 
 def bearer(authorization: str | None) -> str:
@@ -138,7 +115,3 @@ def bearer(authorization: str | None) -> str:
 def digest(key: str) -> bytes:
     """What is stored in place of a key: blake2b, 32 bytes."""
     return blake2b(key.encode("utf-8", errors="surrogatepass"), digest_size=DIGEST_BYTES).digest()
-
-
-def _live(name: str) -> sa.ColumnElement[bool]:
-    return sa.and_(api_keys.c.name == name, api_keys.c.revoked_at.is_(None))

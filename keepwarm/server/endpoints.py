@@ -27,6 +27,7 @@ from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.files import Files
 from keepwarm.gateway.history import RECORDS_MAX
+from keepwarm.gateway.identities import Identities
 from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.runtime import Runtime
@@ -57,6 +58,7 @@ class Services:
 
     config: Config
     auth: Auth
+    identities: Identities
     models: ServedModels
     turns: Turns
     caching: Caching

@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from keepwarm.config import Limits
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.principal import Principal
 from keepwarm.dialects import ErrorReply, Frame
 from keepwarm.gateway.phases import Phases
 
@@ -28,6 +29,7 @@ class Exchange:
 
     __slots__ = (
         "_limits",
+        "_principal",
         "_receive",
         "_send",
         "headers",
@@ -57,9 +59,21 @@ class Exchange:
         self.path: str = scope["path"]  # with the mount's
         self.path_params: dict[str, str] = scope.get("path_params", {})
         self.query_string: bytes = scope["query_string"]
-        self.tenant = ""
+        self.tenant = ""  # where what is cached for the caller is; "" before he is known
+        self._principal: Principal | None = None
         self.status: int | None = None  # of the response once it has begun
         self.log_fields: dict[str, str | int | float] = {}
+
+    @property
+    def principal(self) -> Principal:
+        """Who is calling. Only where the route wanted a key, and got one."""
+        assert self._principal is not None, "nobody was identified"
+        return self._principal
+
+    def identify(self, principal: Principal) -> None:
+        """The caller is known now."""
+        self._principal = principal
+        self.tenant = principal.tenant
 
     async def body(self) -> bytes:
         """The whole request body. Raises ApiError: BODY_TOO_LARGE, TIMEOUT, CLIENT_CLOSED."""

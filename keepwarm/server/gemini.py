@@ -5,6 +5,7 @@ The model is in the path and says what is to be done behind a colon; a stream is
 
 from msgspec.structs import replace
 
+from keepwarm.core.principal import Access
 from keepwarm.core.request import ObjectDialect
 from keepwarm.dialects import WireBounds
 from keepwarm.dialects.gemini import GeminiContent, stream_shape
@@ -112,10 +113,11 @@ class GeminiEntries:
         calls = GenerateCalls(services, dialect)
         caching = CachedContentCalls(services, GeminiCaching(bounds))
         limits = services.config.limits
-        files = GeminiFileCalls(services.files, GeminiFiles(limits.file_ttl_s), services.auth, limits)
+        files = GeminiFileCalls(services.files, GeminiFiles(limits.file_ttl_s), limits)
         generate = Route(
             "POST",
             "/models/{model}:generateContent",
+            Access.USE,
             "Answer a conversation",
             request=GenerateContentRequest,
             response=GenerateContentReply,
@@ -129,6 +131,7 @@ class GeminiEntries:
         count = Route(
             "POST",
             "/models/{model}:countTokens",
+            Access.READ,
             "Count the tokens of a prompt",
             request=GeminiCountTokensRequest,
             response=GeminiTokenCountReply,
@@ -139,22 +142,34 @@ class GeminiEntries:
             (count, calls.count_tokens),
         ]
         models: list[Entry] = [
-            (Route("GET", "/models", "The names requests may use", response=GeminiModelList), calls.models),
-            (Route("GET", "/models/{model}", "One of them", response=GeminiModel), calls.model),
+            (
+                Route("GET", "/models", Access.READ, "The names requests may use", response=GeminiModelList),
+                calls.models,
+            ),
+            (Route("GET", "/models/{model}", Access.READ, "One of them", response=GeminiModel), calls.model),
         ]
         one = "/cachedContents/{cache_id}"
         objects: list[Entry] = [
             (
-                Route("POST", "/cachedContents", "Create a cache", request=NewContentRequest, response=ContentReply),
+                Route(
+                    "POST",
+                    "/cachedContents",
+                    Access.USE,
+                    "Create a cache",
+                    request=NewContentRequest,
+                    response=ContentReply,
+                ),
                 caching.create,
             ),
-            (Route("GET", "/cachedContents", "List caches", response=ContentListReply), caching.list),
-            (Route("GET", one, "One cache", response=ContentReply), caching.get),
+            (Route("GET", "/cachedContents", Access.READ, "List caches", response=ContentListReply), caching.list),
+            (Route("GET", one, Access.READ, "One cache", response=ContentReply), caching.get),
             (
-                Route("PATCH", one, "Change its expiry", request=ContentUpdateRequest, response=ContentReply),
+                Route(
+                    "PATCH", one, Access.USE, "Change its expiry", request=ContentUpdateRequest, response=ContentReply
+                ),
                 caching.patch,
             ),
-            (Route("DELETE", one, "Delete it"), caching.delete),
+            (Route("DELETE", one, Access.USE, "Delete it"), caching.delete),
         ]
         self.uploads = gemini_upload_entries(files)
         self.discovery = gemini_discovery_entries(files)

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keepwarm import __version__
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.principal import Access, check_access
 from keepwarm.dialects import WireBounds
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent, TokenCountReply
@@ -67,6 +68,7 @@ from keepwarm.dialects.openapi import Param, Route, openapi
 from keepwarm.gateway.history import TurnRecord
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.stream import internal_error
+from keepwarm.server.admin import admin_entries
 from keepwarm.server.endpoints import (
     CachingCalls,
     Call,
@@ -79,6 +81,7 @@ from keepwarm.server.endpoints import (
     OperatorCalls,
     Services,
     StoreReply,
+    query,
 )
 from keepwarm.server.exchange import Exchange
 from keepwarm.server.gemini import GeminiEntries
@@ -140,7 +143,7 @@ def application(services: Services) -> Starlette:
     openai_entries, minimax_entries = chat_entries(services, openai), chat_entries(services, minimax)
     messages_entries, models_entries = messages_entries_of(services, anthropic)
     gemini_entries = GeminiEntries(services, gemini, bounds)
-    operator_entries = operator_entries_of(services)
+    operator_entries = [*operator_entries_of(services), *admin_entries(services)]
     documents = Documents(
         [
             *(_under(KIMI_MOUNTS[0], route) for route, _ in (*kimi_entries, *messages_entries)),
@@ -194,6 +197,7 @@ def chat_entries(services: Services, dialect: KimiChat | OpenAIChat | MiniMaxCha
     chat = Route(
         "POST",
         "/chat/completions",
+        Access.USE,
         "Answer a conversation, whole or streamed",
         request=CHAT_BODIES[dialect.name],
         response=ChatCompletion,
@@ -203,10 +207,15 @@ def chat_entries(services: Services, dialect: KimiChat | OpenAIChat | MiniMaxCha
     return [
         (chat.tagged("chat", ErrorBody), calls.chat),
         (
-            Route("GET", "/models", "The names requests may use", response=ModelList).tagged("models", ErrorBody),
+            Route("GET", "/models", Access.READ, "The names requests may use", response=ModelList).tagged(
+                "models", ErrorBody
+            ),
             calls.models,
         ),
-        (Route("GET", "/models/{model}", "One of them", response=ModelItem).tagged("models", ErrorBody), calls.model),
+        (
+            Route("GET", "/models/{model}", Access.READ, "One of them", response=ModelItem).tagged("models", ErrorBody),
+            calls.model,
+        ),
     ]
 
 
@@ -216,22 +225,22 @@ def messages_entries_of(services: Services, dialect: AnthropicMessages) -> tuple
     messages: list[Entry] = [
         (
             Route(
-                "POST", "/messages", "Answer a conversation, whole or streamed", request=MessagesRequest,
+                "POST", "/messages", Access.USE, "Answer a conversation, whole or streamed", request=MessagesRequest,
                 response=MessageReply, events=MessageStreamEvent,
             ),
             calls.chat,
         ),
         (
             Route(
-                "POST", "/messages/count_tokens", "Count the tokens of a conversation's prompt",
+                "POST", "/messages/count_tokens", Access.READ, "Count the tokens of a conversation's prompt",
                 request=CountTokensRequest, response=TokenCountReply,
             ),
             calls.count_tokens,
         ),
     ]  # fmt: skip
     models: list[Entry] = [
-        (Route("GET", "/models", "The names requests may use", response=AnthropicModelList), calls.models),
-        (Route("GET", "/models/{model}", "One of them", response=AnthropicModel), calls.model),
+        (Route("GET", "/models", Access.READ, "The names requests may use", response=AnthropicModelList), calls.models),
+        (Route("GET", "/models/{model}", Access.READ, "One of them", response=AnthropicModel), calls.model),
     ]
     return (
         [(route.tagged("messages", AnthropicErrorBody), call) for route, call in messages],
@@ -245,30 +254,54 @@ def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCachin
     estimate = Route(
         "POST",
         "/tokenizers/estimate-token-count",
+        Access.READ,
         "Count the tokens of a conversation's prompt",
         request=KimiChatCompletionRequest,
         response=TokenEstimateReply,
     )
     objects: list[Entry] = [
-        (Route("POST", "/caching", "Create a cache", request=NewCacheRequest, response=CacheReply), calls.create),
         (
-            Route("GET", "/caching", "List caches", response=CacheListReply, params=(*LIST_PARAMS, METADATA_PARAM)),
+            Route("POST", "/caching", Access.USE, "Create a cache", request=NewCacheRequest, response=CacheReply),
+            calls.create,
+        ),
+        (
+            Route(
+                "GET",
+                "/caching",
+                Access.READ,
+                "List caches",
+                response=CacheListReply,
+                params=(*LIST_PARAMS, METADATA_PARAM),
+            ),
             calls.list,
         ),
         (
-            Route("POST", "/caching/refs/tags", "Bind or move a tag", request=TagRequest, response=TagReply),
+            Route(
+                "POST", "/caching/refs/tags", Access.USE, "Bind or move a tag", request=TagRequest, response=TagReply
+            ),
             calls.bind_tag,
         ),
-        (Route("GET", "/caching/refs/tags", "List tags", response=TagListReply, params=LIST_PARAMS), calls.tags),
-        (Route("GET", "/caching/refs/tags/{tag}", "One tag", response=TagReply), calls.tag),
-        (Route("DELETE", "/caching/refs/tags/{tag}", "Delete a tag", response=TagDeletedReply), calls.unbind_tag),
-        (Route("GET", "/caching/refs/tags/{tag}/content", "The cache it names", response=CacheReply), calls.tagged),
-        (Route("GET", "/caching/{cache_id}", "One cache", response=CacheReply), calls.get),
         (
-            Route("PUT", "/caching/{cache_id}", "Change it", request=CacheUpdateRequest, response=CacheReply),
+            Route("GET", "/caching/refs/tags", Access.READ, "List tags", response=TagListReply, params=LIST_PARAMS),
+            calls.tags,
+        ),
+        (Route("GET", "/caching/refs/tags/{tag}", Access.READ, "One tag", response=TagReply), calls.tag),
+        (
+            Route("DELETE", "/caching/refs/tags/{tag}", Access.USE, "Delete a tag", response=TagDeletedReply),
+            calls.unbind_tag,
+        ),
+        (
+            Route("GET", "/caching/refs/tags/{tag}/content", Access.READ, "The cache it names", response=CacheReply),
+            calls.tagged,
+        ),
+        (Route("GET", "/caching/{cache_id}", Access.READ, "One cache", response=CacheReply), calls.get),
+        (
+            Route(
+                "PUT", "/caching/{cache_id}", Access.USE, "Change it", request=CacheUpdateRequest, response=CacheReply
+            ),
             calls.update,
         ),
-        (Route("DELETE", "/caching/{cache_id}", "Delete it", response=CacheDeletedReply), calls.delete),
+        (Route("DELETE", "/caching/{cache_id}", Access.USE, "Delete it", response=CacheDeletedReply), calls.delete),
     ]
     return [
         (estimate.tagged("chat", ErrorBody), EstimateCalls(services, dialect).estimate),
@@ -279,16 +312,20 @@ def kimi_only_entries(services: Services, dialect: KimiChat, caching: KimiCachin
 def operator_entries_of(services: Services) -> list[Entry]:
     """Health, the prefix store, and in a development server the way to try a crash of the engine."""
     calls = OperatorCalls(services)
-    health = Route("GET", "/health", "200 when turns are served, 503 before", response=Health, needs_key=False)
-    store = Route("GET", "/admin/store", "What the prefix store holds, in counts and bytes", response=StoreReply)
-    turn = Route("GET", "/admin/turns/{turn_id}", "A recent turn, and why it missed the cache", response=TurnRecord)
+    health = Route("GET", "/health", Access.PUBLIC, "200 when turns are served, 503 before", response=Health)
+    store = Route(
+        "GET", "/admin/store", Access.OPERATOR, "What the prefix store holds, in counts and bytes", response=StoreReply
+    )
+    turn = Route(
+        "GET", "/admin/turns/{turn_id}", Access.READ, "A recent turn, and why it missed the cache", response=TurnRecord
+    )
     entries: list[Entry] = [
         (health.tagged("operation", ErrorBody), calls.health),
         (store.tagged("operation", ErrorBody), calls.store),
         (turn.tagged("operation", ErrorBody), calls.turn),
     ]
     if services.config.dev:
-        restart = Route("POST", "/admin/engine/restart", "End the engine's process (--dev only)")
+        restart = Route("POST", "/admin/engine/restart", Access.OPERATOR, "End the engine's process (--dev only)")
         entries.append((restart.tagged("operation", ErrorBody), calls.restart_engine))
     return entries
 
@@ -303,8 +340,8 @@ class Documents:
 
     def entries(self) -> list[Entry]:
         return [
-            (Route("GET", "/openapi.json", "The OpenAPI document", needs_key=False), self.send_document),
-            (Route("GET", "/docs", "The OpenAPI document as a page", needs_key=False), self.send_page),
+            (Route("GET", "/openapi.json", Access.PUBLIC, "The OpenAPI document"), self.send_document),
+            (Route("GET", "/docs", Access.PUBLIC, "The OpenAPI document as a page"), self.send_page),
         ]
 
     async def send_document(self, exchange: Exchange) -> None:
@@ -339,7 +376,14 @@ class Operation:
     """One method of a path."""
 
     call: Call
-    needs_key: bool
+    route: Route
+
+    def needs_key(self, exchange: Exchange) -> bool:
+        """Whether this request must show one."""
+        if self.route.access is Access.PUBLIC:
+            return False
+        secret = self.route.bearer_param
+        return secret is None or not dict(query(exchange)).get(secret)
 
 
 class PathCalls:
@@ -355,6 +399,11 @@ class PathCalls:
         self._dialect = dialect
         self._path = path
         self._operations = operations
+
+    @property
+    def operations(self) -> Mapping[str, Operation]:
+        """By method, what this path has."""
+        return self._operations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -397,13 +446,14 @@ class PathCalls:
             allowed = ", ".join(self._operations)
             message = f"{scope['method']} is not possible here, {allowed} is"
             raise ApiError(ErrorKind.METHOD_NOT_ALLOWED, message)
-        if operation.needs_key:
+        if operation.needs_key(exchange):
             with exchange.phases.measure("auth"):
                 given = credentials(exchange)
                 if given is None and isinstance(self._dialect, GeminiContent):
                     raise missing_key()
                 principal = await self._services.auth.principal(given)
-            exchange.tenant = principal.tenant
+            exchange.identify(principal)
+            check_access(principal, operation.route.access)
         await operation.call(exchange)
 
     def _log(self, exchange: Exchange, method: str, ms: float) -> None:
@@ -428,6 +478,12 @@ class ByClient:
 
     def __init__(self, other: ASGIApp, *, anthropic: ASGIApp | None, gemini: ASGIApp | None) -> None:
         self._other, self._anthropic, self._gemini = other, anthropic, gemini
+
+    @property
+    def applications(self) -> Mapping[str, ASGIApp]:
+        """By who is served by them: "other", "anthropic", "gemini"."""
+        found = {"other": self._other, "anthropic": self._anthropic, "gemini": self._gemini}
+        return {name: app for name, app in found.items() if app is not None}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         names = {name for name, _ in scope["headers"]} if scope["type"] == "http" else set()
@@ -463,7 +519,7 @@ def _paths(services: Services, dialect: ModelDialect, entries: Sequence[Entry]) 
     """One Starlette route per path, for all methods: which of them it has is for `PathCalls` to say."""
     by_path: dict[str, dict[str, Operation]] = {}
     for route, call in entries:
-        by_path.setdefault(route.path, {})[route.method] = Operation(call, route.needs_key)
+        by_path.setdefault(route.path, {})[route.method] = Operation(call, route)
     return [
         # A model's name may have slashes in it ("org/name").
         Path(path.replace("{model}", "{model:path}"), PathCalls(services, dialect, path, operations))

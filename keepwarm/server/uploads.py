@@ -12,7 +12,8 @@ from contextlib import aclosing
 from keepwarm.config import Limits
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.file import StoredFile
-from keepwarm.dialects.gemini_error import GeminiErrorBody, missing_key
+from keepwarm.core.principal import Access
+from keepwarm.dialects.gemini_error import GeminiErrorBody
 from keepwarm.dialects.gemini_files import (
     UPLOAD_ID,
     FileListReply,
@@ -35,7 +36,6 @@ from keepwarm.dialects.kimi_files import (
 )
 from keepwarm.dialects.openai_error import ErrorBody
 from keepwarm.dialects.openapi import Param, Route
-from keepwarm.gateway.auth import Auth
 from keepwarm.gateway.files import Files
 from keepwarm.server.endpoints import Entry, query
 from keepwarm.server.exchange import Exchange, Headers
@@ -123,10 +123,9 @@ async def _file_of(begin: list[bytes], form: FileForm, pieces: AsyncIterator[byt
 class GeminiFileCalls:
     """Files and uploads in Gemini's dialect."""
 
-    def __init__(self, files: Files, dialect: GeminiFiles, auth: Auth, limits: Limits) -> None:
+    def __init__(self, files: Files, dialect: GeminiFiles, limits: Limits) -> None:
         self._files = files
         self._dialect = dialect
-        self._auth = auth
         self._limits = limits
 
     async def list(self, exchange: Exchange) -> None:
@@ -162,9 +161,8 @@ class GeminiFileCalls:
     async def _begin(self, exchange: Exchange) -> None:
         if exchange.method != "POST":
             raise ApiError(ErrorKind.INVALID_REQUEST, "an upload begins with POST, its URL comes with the answer")
-        tenant = await self._tenant(exchange)
         new = self._dialect.parse_start(exchange.headers, query(exchange), await exchange.body())
-        upload = await self._files.uploads.begin(tenant, new)
+        upload = await self._files.uploads.begin(exchange.tenant, new)
         await exchange.reply(b"{}", headers=self._dialect.started_headers(upload.upload_id, _site(exchange)))
 
     async def _go_on(self, exchange: Exchange, upload_id: str) -> None:
@@ -192,14 +190,6 @@ class GeminiFileCalls:
         headers: Headers = self._dialect.step_headers(step, n_bytes, status="active")
         await exchange.reply(b"", status=RESUME_INCOMPLETE if step.is_put else 200, headers=headers)
 
-    async def _tenant(self, exchange: Exchange) -> str:
-        """The caller's. Raises ApiError: PERMISSION_DENIED without a key, UNAUTHENTICATED."""
-        key = google_key(exchange)
-        if key is None:
-            raise missing_key()
-        exchange.tenant = (await self._auth.principal(f"Bearer {key}")).tenant
-        return exchange.tenant
-
 
 def google_key(exchange: Exchange) -> str | None:
     """The API key as Google's clients send it: a header, or a member of the query."""
@@ -209,11 +199,14 @@ def google_key(exchange: Exchange) -> str | None:
 def kimi_file_entries(calls: KimiFileCalls) -> list[Entry]:
     """Under Kimi's mounts."""
     table: list[Entry] = [
-        (Route("POST", "/files", "Upload a file whose text is wanted", response=KimiFileReply), calls.create),
-        (Route("GET", "/files", "List files, newest first", response=KimiFileListReply), calls.list),
-        (Route("GET", "/files/{file_id}", "One file", response=KimiFileReply), calls.get),
-        (Route("DELETE", "/files/{file_id}", "Delete it", response=KimiFileDeletedReply), calls.delete),
-        (Route("GET", "/files/{file_id}/content", "Its text", response=KimiFileContent), calls.content),
+        (
+            Route("POST", "/files", Access.USE, "Upload a file whose text is wanted", response=KimiFileReply),
+            calls.create,
+        ),
+        (Route("GET", "/files", Access.READ, "List files, newest first", response=KimiFileListReply), calls.list),
+        (Route("GET", "/files/{file_id}", Access.READ, "One file", response=KimiFileReply), calls.get),
+        (Route("DELETE", "/files/{file_id}", Access.USE, "Delete it", response=KimiFileDeletedReply), calls.delete),
+        (Route("GET", "/files/{file_id}/content", Access.READ, "Its text", response=KimiFileContent), calls.content),
     ]
     return [(route.tagged(TAG, ErrorBody), call) for route, call in table]
 
@@ -222,26 +215,34 @@ def gemini_file_entries(calls: GeminiFileCalls) -> list[Entry]:
     """Under /v1beta, /v1 and the same below Gemini's own mount; keys as everywhere there."""
     paging = (Param("pageSize", "10 by default, at most 100", int), Param("pageToken", "where the page before ended"))
     table: list[Entry] = [
-        (Route("GET", "/files", "List files, newest first", response=FileListReply, params=paging), calls.list),
-        (Route("GET", "/files/{file_id}", "One file", response=FileReply), calls.get),
-        (Route("DELETE", "/files/{file_id}", "Delete it"), calls.delete),
+        (
+            Route("GET", "/files", Access.READ, "List files, newest first", response=FileListReply, params=paging),
+            calls.list,
+        ),
+        (Route("GET", "/files/{file_id}", Access.READ, "One file", response=FileReply), calls.get),
+        (Route("DELETE", "/files/{file_id}", Access.USE, "Delete it"), calls.delete),
     ]
     return [(route.tagged(TAG, GeminiErrorBody), call) for route, call in table]
 
 
 def gemini_upload_entries(calls: GeminiFileCalls) -> list[Entry]:
-    """Under /upload/v1beta, /upload/v1 and the same below Gemini's own mount. They look at the key themselves."""
+    """Under /upload/v1beta, /upload/v1 and the same below Gemini's own mount. What begins an upload needs a key."""
     begin = Route(
-        "POST", "/files", "Begin a resumable upload, or go on with it", request=NewFileRequest, response=UploadedReply,
-        needs_key=False,
-    )  # fmt: skip
-    go_on = Route("PUT", "/files", "Go on with an upload", response=UploadedReply, needs_key=False)
+        "POST",
+        "/files",
+        Access.USE,
+        "Begin a resumable upload, or go on with it",
+        request=NewFileRequest,
+        response=UploadedReply,
+        bearer_param=UPLOAD_ID,
+    )
+    go_on = Route("PUT", "/files", Access.USE, "Go on with an upload", response=UploadedReply, bearer_param=UPLOAD_ID)
     return [(route.tagged(TAG, GeminiErrorBody), calls.upload) for route in (begin, go_on)]
 
 
 def gemini_discovery_entries(calls: GeminiFileCalls) -> list[Entry]:
     """At the root, and at the root of Gemini's own mount."""
-    route = Route("GET", "/$discovery/rest", "What the old SDK must know to upload", needs_key=False)
+    route = Route("GET", "/$discovery/rest", Access.PUBLIC, "What the old SDK must know to upload")
     return [(route.tagged(TAG, GeminiErrorBody), calls.discovery)]
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from keepwarm.cli.root import build
-from keepwarm.gateway.auth import KeyAuth, Principal
+from keepwarm.core.clock import SystemClock
+from keepwarm.core.principal import Principal, Role
+from keepwarm.gateway.auth import KeyAuth
 from keepwarm.storage import Storage, database_path
 
 Run = Callable[..., Result]
@@ -14,9 +17,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Run:
-    def run(*args: str) -> Result:
+    def run(*args: str, group: str = "keys") -> Result:
         return CliRunner().invoke(
-            build(), ["keys", *args, "--data-dir", str(tmp_path)], env={"COLUMNS": "120"}, catch_exceptions=False
+            build(), [group, *args, "--data-dir", str(tmp_path)], env={"COLUMNS": "160"}, catch_exceptions=False
         )
 
     return run
@@ -25,17 +28,50 @@ def keys(tmp_path: Path) -> Run:
 def who(data_dir: Path, key: str) -> Principal:
     storage = Storage.open(database_path(data_dir), busy_s=1.0)
     try:
-        return asyncio.run(KeyAuth(storage).principal(f"Bearer {key}"))
+        return asyncio.run(KeyAuth(storage, SystemClock()).principal(f"Bearer {key}"))
     finally:
         storage.close()
 
 
 def test_a_key_is_printed_alone_and_works(keys: Run, tmp_path: Path) -> None:
-    result = keys("create", "laptop", "--tenant", "research")
+    result = keys("create", "laptop")
     assert result.exit_code == 0
     assert "cannot be shown again" in result.stderr
     [key] = result.stdout.split()
-    assert who(tmp_path, key) == Principal("research", "laptop")
+    assert who(tmp_path, key) == Principal("default", "default", "default", 1, "laptop", Role.MEMBER)
+
+
+def test_a_key_is_made_for_an_organisation_a_project_a_role_and_models(keys: Run, tmp_path: Path) -> None:
+    keys("create", "research", group="orgs")
+    keys("create", "search", "--org", "research", group="projects")
+    where = ("--org", "research", "--project", "search")
+    key = keys("create", "ci", *where, "--role", "read-only", "--model", "a", "--model", "b").stdout.strip()
+    assert who(tmp_path, key) == Principal("research", "research", "search", 1, "ci", Role.READ_ONLY, ("a", "b"))
+
+
+def test_an_expiry_is_in_utc(keys: Run) -> None:
+    keys("create", "laptop", "--expires-at", "2100-01-02T03:04:05")
+    [told] = json.loads(keys("list", "--json").stdout)
+    assert told["expires_at"] == 4_102_542_245
+    assert "expires 2100-01-02 03:04:05Z" in keys("list").stdout
+
+
+def test_a_key_for_an_organisation_that_is_not_there_says_what_to_do(keys: Run) -> None:
+    result = keys("create", "laptop", "--org", "research")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "there is no organisation 'research'" in result.stderr
+    assert "keepwarm orgs create" in result.stderr
+
+
+def test_a_name_that_two_organisations_have_is_revoked_with_its_own(keys: Run) -> None:
+    for org in ("acme", "other"):
+        keys("create", org, group="orgs")
+        keys("create", "ci", "--org", org)
+    unclear = keys("revoke", "ci")
+    assert unclear.exit_code == 1
+    assert "acme, other" in unclear.stderr
+    assert keys("revoke", "ci", "--org", "acme").stdout == "revoked ci\n"
+    assert keys("revoke", "ci").stdout == "revoked ci\n"
 
 
 def test_the_list_shows_the_end_of_each_key_and_never_a_key(keys: Run) -> None:

@@ -6,6 +6,7 @@ import pytest
 from anthropic.types import ErrorResponse, ModelInfo
 
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.principal import Access
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent, TokenCountReply
 from keepwarm.dialects.anthropic_error import ANTHROPIC_ERRORS, AnthropicErrorBody
@@ -72,11 +73,13 @@ def test_models() -> None:
 
 def test_the_types_can_be_shown() -> None:
     chat = Route(
-        "POST", "/messages", "s", request=MessagesRequest, response=MessageReply, events=MessageStreamEvent,
+        "POST", "/messages", Access.USE, "s", request=MessagesRequest, response=MessageReply, events=MessageStreamEvent,
         errors=AnthropicErrorBody,
     )  # fmt: skip
-    count = Route("POST", "/messages/count_tokens", "s", request=CountTokensRequest, response=TokenCountReply)
-    models = Route("GET", "/models", "s", response=AnthropicModelList)
+    count = Route(
+        "POST", "/messages/count_tokens", Access.READ, "s", request=CountTokensRequest, response=TokenCountReply
+    )
+    models = Route("GET", "/models", Access.READ, "s", response=AnthropicModelList)
     document = json.loads(openapi([chat, count, models], title="t", version="1"))
     shapes = document["components"]["schemas"]
     assert {"MessagesRequest", "ContentBlock", "MessageReply", "ToolUseBlock", "AnthropicModel"} <= shapes.keys()

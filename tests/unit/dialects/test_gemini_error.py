@@ -7,6 +7,7 @@ import httpx2
 import pytest
 
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.principal import Access
 from keepwarm.dialects.gemini import GeminiContent
 from keepwarm.dialects.gemini_answer import GeminiTokenCountReply, GenerateContentReply
 from keepwarm.dialects.gemini_error import GEMINI_ERRORS, GeminiErrorBody, missing_key
@@ -145,13 +146,18 @@ def test_pages_that_are_none(query: dict[str, str], param: str) -> None:
 
 def test_the_types_can_be_shown() -> None:
     generate = Route(
-        "POST", "/models/{model}:generateContent", "s", request=GenerateContentRequest, response=GenerateContentReply,
+        "POST", "/models/{model}:generateContent", Access.USE, "s", request=GenerateContentRequest, response=GenerateContentReply,
         errors=GeminiErrorBody,
     )  # fmt: skip
     count = Route(
-        "POST", "/models/{model}:countTokens", "s", request=GeminiCountTokensRequest, response=GeminiTokenCountReply
+        "POST",
+        "/models/{model}:countTokens",
+        Access.READ,
+        "s",
+        request=GeminiCountTokensRequest,
+        response=GeminiTokenCountReply,
     )
-    models = Route("GET", "/models", "s", response=GeminiModelList)
+    models = Route("GET", "/models", Access.READ, "s", response=GeminiModelList)
     shapes = json.loads(openapi([generate, count, models], title="t", version="1"))["components"]["schemas"]
     assert {
         "GenerateContentRequest",

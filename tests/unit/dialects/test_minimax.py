@@ -21,6 +21,7 @@ from keepwarm.core.event import (
     ToolCallDelta,
     Usage,
 )
+from keepwarm.core.principal import Access
 from keepwarm.core.request import Mark
 from keepwarm.dialects import Identity, Parsed
 from keepwarm.dialects.minimax import MiniMaxChat, MiniMaxChatCompletionRequest
@@ -223,7 +224,7 @@ def test_the_sdk_reads_a_split_answer() -> None:
 
 
 def test_accepted_requests_fit_the_openapi_document() -> None:
-    route = Route("POST", "/minimax/v1/chat/completions", "Chat", request=MiniMaxChatCompletionRequest)
+    route = Route("POST", "/minimax/v1/chat/completions", Access.USE, "Chat", request=MiniMaxChatCompletionRequest)
     components = json.loads(openapi((route,), title="Keepwarm", version="1"))["components"]
     schema = {"$ref": "#/components/schemas/MiniMaxChatCompletionRequest", "components": components}
     cases = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "requests").glob("*.json"))]

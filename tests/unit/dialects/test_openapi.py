@@ -8,6 +8,7 @@ import jsonschema
 import msgspec
 import pytest
 
+from keepwarm.core.principal import Access
 from keepwarm.dialects.anthropic_answer import MessageReply, MessageStreamEvent
 from keepwarm.dialects.anthropic_error import AnthropicErrorBody
 from keepwarm.dialects.anthropic_request import CountTokensRequest, MessagesRequest
@@ -27,6 +28,7 @@ ROUTES = (
     Route(
         "POST",
         "/v1/chat/completions",
+        Access.USE,
         "Chat",
         request=KimiChatCompletionRequest,
         response=ChatCompletion,
@@ -35,36 +37,46 @@ ROUTES = (
         params=(Param("X-Msh-Context-Cache", "Id of a cache object", where="header"),),
         tags=("chat",),
     ),
-    Route("POST", "/openai/v1/chat/completions", "Chat", request=ChatCompletionRequest, response=ChatCompletion),
-    Route("POST", "/v1/caching", "Create", request=NewCacheRequest, response=CacheReply, errors=ErrorBody),
+    Route(
+        "POST",
+        "/openai/v1/chat/completions",
+        Access.USE,
+        "Chat",
+        request=ChatCompletionRequest,
+        response=ChatCompletion,
+    ),
+    Route("POST", "/v1/caching", Access.USE, "Create", request=NewCacheRequest, response=CacheReply, errors=ErrorBody),
     Route(
         "GET",
         "/v1/caching",
+        Access.READ,
         "List",
         response=CacheListReply,
         params=(Param("limit", "Page size", int), Param("metadata", "Must all match", dict[str, str], deep=True)),
     ),
-    Route("GET", "/v1/caching/{cache_id}", "Get", response=CacheReply),
+    Route("GET", "/v1/caching/{cache_id}", Access.READ, "Get", response=CacheReply),
     Route(
         "POST",
         "/v1/messages",
+        Access.USE,
         "Messages",
         request=MessagesRequest,
         response=MessageReply,
         events=MessageStreamEvent,
         errors=AnthropicErrorBody,
     ),
-    Route("POST", "/v1/messages/count_tokens", "Count", request=CountTokensRequest),
+    Route("POST", "/v1/messages/count_tokens", Access.READ, "Count", request=CountTokensRequest),
     Route(
         "POST",
         "/v1/models/{model}:streamGenerateContent",
+        Access.USE,
         "Generate",
         request=GenerateContentRequest,
         response=GenerateContentReply,
         events=GenerateContentReply,
         errors=GeminiErrorBody,
     ),
-    Route("GET", "/health", "Health", needs_key=False),
+    Route("GET", "/health", Access.PUBLIC, "Health"),
 )
 # By the stem of a stored file; the others are in OpenAI's shape.
 ANSWERS = {"anthropic": "MessageReply", "gemini": "GenerateContentReply"}

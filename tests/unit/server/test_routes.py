@@ -10,8 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from keepwarm.core.clock import RandomIds
+from keepwarm.core.identity import NewKey, NewOrganisation
 from keepwarm.engine import EngineState, PoolStatus, StoreStatus
-from keepwarm.gateway.auth import Keys
+from keepwarm.gateway.identities import Identities
 from tests.engines import StepEngine, says
 from tests.world import CONFIG, World, world
 
@@ -265,17 +266,18 @@ async def test_a_wrong_body_is_told_where(server: World, body: object, words: st
 
 async def test_with_keys_only_known_keys_and_known_models_are_served(tmp_path: Path) -> None:
     async with world(tmp_path, config=replace(CONFIG, dev=False)) as server:
-        keys = Keys(server.storage, RandomIds())
-        key = await keys.create("anna", None, server.clock.now())
+        identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
+        await identities.create_organisation(NewOrganisation("acme"))
+        key, made = await identities.create_key("acme", NewKey("anna"), may_make_operators=False)
         assert (await server.chat(key="sk-kw-unknown")).status == 401
         assert (await server.chat(key=key)).status == 200
-        assert server.engine.plans[0].prompt.tenant == "anna"
+        assert server.engine.plans[0].prompt.tenant == "acme"
         for path in ("/v1/chat/completions", "/openai/v1/chat/completions"):
             unknown = await server.request("POST", path, {**QUESTION, "model": "gpt"}, key=key)
             assert unknown.status == 404
             assert "no model 'gpt' here; known are: small" in unknown.json()["error"]["message"]
         assert (await server.request("GET", "/v1/models/gpt", key=key)).status == 404
-        await keys.revoke("anna", server.clock.now())
+        await identities.revoke_key("acme", made.id, may_end_operators=False)
         assert (await server.chat(key=key)).status == 401
 
 

@@ -136,13 +136,13 @@ async def site(tmp_path: Path, limits: Limits = Limits()) -> AsyncIterator[Site]
 def _app(services: Services, files: Files) -> Starlette:
     bounds = msgspec.convert(services.config.limits, WireBounds, from_attributes=True)
     limits, gemini = services.config.limits, GeminiContent(bounds)
-    calls = GeminiFileCalls(files, GeminiFiles(limits.file_ttl_s), services.auth, limits)
+    calls = GeminiFileCalls(files, GeminiFiles(limits.file_ttl_s), limits)
     kimi = kimi_file_entries(KimiFileCalls(files, KimiFiles(), limits))
 
     def paths(dialect: Any, entries: Sequence[Entry]) -> list[Path_]:
         by_path: dict[str, dict[str, Operation]] = {}
         for route, call in entries:
-            by_path.setdefault(route.path, {})[route.method] = Operation(call, route.needs_key)
+            by_path.setdefault(route.path, {})[route.method] = Operation(call, route)
         return [Path_(path, PathCalls(services, dialect, path, found)) for path, found in by_path.items()]
 
     routes: list[Any] = []

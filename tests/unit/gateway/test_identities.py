@@ -1,0 +1,206 @@
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from keepwarm.core.clock import RandomIds
+from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.identity import NewKey, NewOrganisation, Organisation, OrganisationChange, Project
+from keepwarm.core.principal import Role
+from keepwarm.core.rate_limit import LimitOverrides, OrgLimits
+from keepwarm.gateway.identities import Identities
+from keepwarm.storage import Storage, database_path
+from tests.world import FakeClock
+
+BAD_NAMES = ["", " ", "a b", "-a", "a\n", "é", "a" * 65, "dev/x", "..", "../x"]
+NOW = 1_700_000_000
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def identities(tmp_path: Path, clock: FakeClock) -> Iterator[Identities]:
+    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+    yield Identities(storage, clock, RandomIds(), tiers={"house": OrgLimits(rpm=7)}, default_tier=None)
+    storage.close()
+
+
+async def refused(act: Awaitable[Any], kind: ErrorKind = ErrorKind.INVALID_REQUEST) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await act
+    assert caught.value.kind is kind
+    return caught.value
+
+
+async def test_an_organisation_begins_with_a_default_project(identities: Identities) -> None:
+    made = await identities.create_organisation(NewOrganisation("acme", "house", LimitOverrides(tpm=None)))
+    assert made == Organisation("acme", "house", LimitOverrides(tpm=None), False, "organisation", NOW, None)
+    assert await identities.organisation("acme") == made
+    assert await identities.organisations() == [made]
+    assert await identities.projects("acme") == [Project("acme", "default", NOW, None)]
+
+
+async def test_what_a_change_does_not_name_stays(identities: Identities, clock: FakeClock) -> None:
+    made = await identities.create_organisation(NewOrganisation("acme", "house", LimitOverrides(rpm=1)))
+    clock.advance(5)
+    for change, expected in (
+        (OrganisationChange(), made),
+        (OrganisationChange(is_disabled=True), replace(made, disabled_at=NOW + 5)),
+        (OrganisationChange(tier=None), replace(made, tier=None, disabled_at=NOW + 5)),
+        (OrganisationChange(is_disabled=False), replace(made, tier=None)),
+        (OrganisationChange(limits=LimitOverrides()), replace(made, tier=None, limits=LimitOverrides())),
+    ):
+        assert await identities.change_organisation("acme", change) == expected
+        assert await identities.organisation("acme") == expected
+
+
+async def test_disabling_again_keeps_the_first_time(identities: Identities, clock: FakeClock) -> None:
+    await identities.create_organisation(NewOrganisation("acme"))
+    await identities.change_organisation("acme", OrganisationChange(is_disabled=True))
+    clock.advance(5)
+    again = await identities.change_organisation("acme", OrganisationChange(is_disabled=True))
+    assert again.disabled_at == NOW
+
+
+async def test_a_tier_that_is_not_configured_is_refused_with_those_that_are(identities: Identities) -> None:
+    error = await refused(identities.create_organisation(NewOrganisation("acme", "gold")))
+    assert "tier1" in error.message
+    assert "house" in error.message
+    await identities.create_organisation(NewOrganisation("acme"))
+    await refused(identities.change_organisation("acme", OrganisationChange(tier="gold")))
+    assert (await identities.organisation("acme")).tier is None
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+async def test_names_are_plain(identities: Identities, name: str) -> None:
+    await identities.create_organisation(NewOrganisation("acme"))
+    for act in (
+        identities.create_organisation(NewOrganisation(name)),
+        identities.create_project("acme", name),
+        identities.create_key("acme", NewKey(name), may_make_operators=True),
+    ):
+        assert "cannot be used as a name" in (await refused(act)).message
+    assert len(await identities.organisations()) == len(await identities.projects("acme")) == 1
+    assert await identities.keys() == []
+
+
+async def test_names_are_taken_once(identities: Identities) -> None:
+    await identities.create_organisation(NewOrganisation("acme"))
+    await identities.create_key("acme", NewKey("ci"), may_make_operators=False)
+    for act in (
+        identities.create_organisation(NewOrganisation("acme")),
+        identities.create_project("acme", "default"),
+        identities.create_key("acme", NewKey("ci"), may_make_operators=False),
+    ):
+        assert "already" in (await refused(act)).message
+    await identities.create_organisation(NewOrganisation("other"))
+    await identities.create_key("other", NewKey("ci"), may_make_operators=False)
+
+
+async def test_what_is_not_there_is_told_with_what_to_do(identities: Identities) -> None:
+    for act in (
+        identities.organisation("acme"),
+        identities.change_organisation("acme", OrganisationChange()),
+        identities.projects("acme"),
+        identities.create_project("acme", "search"),
+        identities.keys("acme"),
+        identities.create_key("acme", NewKey("ci"), may_make_operators=True),
+    ):
+        assert "keepwarm orgs create" in (await refused(act, ErrorKind.UNKNOWN_ROUTE)).message
+    await identities.create_organisation(NewOrganisation("acme"))
+    await refused(identities.project("acme", "search"), ErrorKind.UNKNOWN_ROUTE)
+    await refused(identities.archive_project("acme", "search"), ErrorKind.UNKNOWN_ROUTE)
+    await refused(identities.key("acme", 1), ErrorKind.UNKNOWN_ROUTE)
+
+
+async def test_a_key_needs_a_live_project(identities: Identities) -> None:
+    await identities.create_organisation(NewOrganisation("acme"))
+    new = NewKey("ci", "search")
+    error = await refused(identities.create_key("acme", new, may_make_operators=False))
+    assert "keepwarm projects create search --org acme" in error.message
+    await identities.create_project("acme", "search")
+    await identities.archive_project("acme", "search")
+    assert "archived" in (await refused(identities.create_key("acme", new, may_make_operators=False))).message
+    assert (await identities.create_project("acme", "search")).archived_at is None
+    _, made = await identities.create_key("acme", new, may_make_operators=False)
+    assert made.project == "search"
+
+
+async def test_a_key_of_no_organisation_makes_the_default_one_once(identities: Identities) -> None:
+    for name in ("a", "b"):
+        await identities.create_key(None, NewKey(name), may_make_operators=False)
+    assert [org.id for org in await identities.organisations()] == ["default"]
+    assert [(key.name, key.organisation, key.project) for key in await identities.keys()] == [
+        ("a", "default", "default"),
+        ("b", "default", "default"),
+    ]
+
+
+async def test_a_refused_key_leaves_no_default_organisation(identities: Identities) -> None:
+    await refused(identities.create_key(None, NewKey("a", "search"), may_make_operators=False))
+    assert await identities.organisations() == []
+
+
+async def test_only_operators_make_and_end_operators(identities: Identities) -> None:
+    new = NewKey("root", role=Role.OPERATOR)
+    await refused(identities.create_key(None, new, may_make_operators=False), ErrorKind.PERMISSION_DENIED)
+    _, made = await identities.create_key(None, new, may_make_operators=True)
+    revoking = identities.revoke_key("default", made.id, may_end_operators=False)
+    await refused(revoking, ErrorKind.PERMISSION_DENIED)
+    assert (await identities.key("default", made.id)).revoked_at is None
+    assert (await identities.revoke_key("default", made.id, may_end_operators=True)).revoked_at == NOW
+
+
+async def test_a_key_is_revoked_by_its_own_organisation_only(identities: Identities) -> None:
+    await identities.create_organisation(NewOrganisation("other"))
+    _, made = await identities.create_key(None, NewKey("ci"), may_make_operators=False)
+    await refused(identities.revoke_key("other", made.id, may_end_operators=True), ErrorKind.UNKNOWN_ROUTE)
+    await refused(identities.key("other", made.id), ErrorKind.UNKNOWN_ROUTE)
+    assert (await identities.key("default", made.id)) == made
+
+
+async def test_revoking_again_keeps_the_first_time(identities: Identities, clock: FakeClock) -> None:
+    _, made = await identities.create_key(None, NewKey("ci"), may_make_operators=False)
+    await identities.revoke_key("default", made.id, may_end_operators=False)
+    clock.advance(5)
+    assert (await identities.revoke_key("default", made.id, may_end_operators=False)).revoked_at == NOW
+
+
+async def test_a_name_that_several_organisations_have_is_revoked_for_one(identities: Identities) -> None:
+    for org in ("acme", "other"):
+        await identities.create_organisation(NewOrganisation(org))
+        await identities.create_key(org, NewKey("ci"), may_make_operators=False)
+    assert "acme, other" in (await refused(identities.revoke_named(None, "ci"))).message
+    assert (await identities.revoke_named("other", "ci")).organisation == "other"
+    assert (await identities.revoke_named(None, "ci")).organisation == "acme"
+    await refused(identities.revoke_named(None, "ci"), ErrorKind.UNKNOWN_ROUTE)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        NewKey("ci", expires_at=NOW),
+        NewKey("ci", models=()),
+        NewKey("ci", models=("",)),
+        NewKey("ci", models=("m" * 201,)),
+        NewKey("ci", models=("m",) * 101),
+    ],
+    ids=["expired", "no models", "no name", "long name", "many models"],
+)
+async def test_a_key_nobody_could_use_is_refused(identities: Identities, new: NewKey) -> None:
+    await refused(identities.create_key(None, new, may_make_operators=True))
+    assert await identities.keys() == []
+
+
+async def test_what_is_told_of_a_key_is_what_was_asked_for(identities: Identities) -> None:
+    new = NewKey("ci", "default", Role.READ_ONLY, NOW + 1, ("a", "b"))
+    text, made = await identities.create_key(None, new, may_make_operators=False)
+    assert (made.role, made.expires_at, made.models) == (Role.READ_ONLY, NOW + 1, ("a", "b"))
+    assert text.endswith(made.last4)
+    assert await identities.keys() == [made]
+    assert await identities.keys("default") == [made]
