@@ -11,8 +11,9 @@ with warnings.catch_warnings():
     import google.ai.generativelanguage as glm
     import google.generativeai as generativeai
     from google import genai
-    from google.api_core import rest_streaming
+    from google.api_core import exceptions, rest_streaming
     from google.generativeai import caching
+    from google.generativeai import client as generativeai_client
 
 
 @contextmanager
@@ -25,4 +26,13 @@ def google_client(answer: Callable[[httpx2.Request], httpx2.Response]) -> Iterat
         yield genai.Client(api_key="k", http_options=options)
 
 
-__all__ = ["caching", "genai", "generativeai", "glm", "google_client", "rest_streaming"]
+__all__ = [
+    "caching",
+    "exceptions",
+    "genai",
+    "generativeai",
+    "generativeai_client",
+    "glm",
+    "google_client",
+    "rest_streaming",
+]

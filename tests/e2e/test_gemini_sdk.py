@@ -4,16 +4,18 @@ The guide's video is a text here. Cross-dialect: what a Gemini object computed, 
 """
 
 import datetime as dt
+import re
 import time
 
 import pytest
 
 from tests.e2e.anthropic_calls import text
-from tests.gemini_sdks import caching, genai, generativeai
+from tests.gemini_sdks import caching, exceptions, genai, generativeai, generativeai_client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.real, pytest.mark.timeout(900)]
 types = genai.types
 MODEL = "gemini-1.5-flash-001"
+NOT_FOUND = "CachedContent not found (or permission denied)"
 SHORT = types.GenerateContentConfig(max_output_tokens=6, temperature=0)
 
 
@@ -79,11 +81,13 @@ def test_the_guides_flow(google, tmp_path, version):
     for call in (
         lambda: client.caches.get(name=made.name),
         lambda: client.caches.update(name=made.name, config=types.UpdateCachedContentConfig(ttl="60s")),
+        lambda: client.caches.delete(name=made.name),
         lambda: client.models.generate_content(model=MODEL, contents="q", config=config(made.name)),
+        lambda: list(client.models.generate_content_stream(model=MODEL, contents="q", config=config(made.name))),
     ):
         gone = refused(call)
-        assert (gone.code, gone.status) == (403, "PERMISSION_DENIED")
-        assert gone.message == "CachedContent not found (or permission denied)"
+        assert (gone.code, gone.status, gone.message) == (403, "PERMISSION_DENIED", NOT_FOUND)
+    assert list(client.caches.list()) == []
     client.files.delete(name=file.name)
     assert refused(lambda: client.files.get(name=file.name)).code == 403
 
@@ -136,20 +140,51 @@ def test_an_objects_context_is_read_by_kimis_automatic_reuse_of_its_tenant_only(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own, about protobuf 5
-def test_the_old_sdk(server):
+def test_the_guides_flow_with_the_old_sdk(server, tmp_path, monkeypatch):
+    url = f"{server.url}/$discovery/rest"
+    monkeypatch.setattr(generativeai_client, "GENAI_API_DISCOVERY_URL", url)
     generativeai.configure(api_key="key-old", transport="rest", client_options={"api_endpoint": server.url})
+    path = tmp_path / "report.txt"
+    path.write_text(text(33, 1200))
+    file = generativeai.upload_file(path=path)
+    while file.state.name == "PROCESSING":
+        time.sleep(0.2)
+        file = generativeai.get_file(file.name)
+    assert (file.state.name, file.display_name, file.mime_type) == ("ACTIVE", "report.txt", "text/plain")
+    assert (file.size_bytes, file.uri) == (path.stat().st_size, f"{server.url}/v1beta/{file.name}")
     made = caching.CachedContent.create(
         model=f"models/{MODEL}",
-        system_instruction="You answer about a text.",
-        contents=[text(33, 1200)],
+        display_name="report",
+        system_instruction="You answer about a report.",
+        contents=[file],
         ttl=dt.timedelta(minutes=5),
     )
+    n_cached = made.usage_metadata.total_token_count
+    assert dt.timedelta(seconds=299) < made.expire_time - made.create_time < dt.timedelta(seconds=301)
     model = generativeai.GenerativeModel.from_cached_content(cached_content=made)
     options = {"max_output_tokens": 6, "temperature": 0}
     answer = model.generate_content("What is it about?", generation_config=options)
-    assert answer.usage_metadata.cached_content_token_count == made.usage_metadata.total_token_count
+    assert answer.usage_metadata.cached_content_token_count == n_cached
+    assert answer.usage_metadata.prompt_token_count > n_cached
     streamed = model.generate_content("What is it about?", generation_config=options, stream=True)
     assert "".join(chunk.text for chunk in streamed) == answer.text
+    assert [(one.name, one.display_name) for one in caching.CachedContent.list()] == [(made.name, "report")]
+    expired_at = made.expire_time
     made.update(ttl=dt.timedelta(hours=2))
-    assert [one.name for one in caching.CachedContent.list()] == [made.name]
+    assert caching.CachedContent.get(made.name).expire_time - expired_at > dt.timedelta(seconds=6000)
     made.delete()
+    for call in (
+        lambda: caching.CachedContent.get(made.name),
+        lambda: made.update(ttl=dt.timedelta(hours=2)),
+        made.delete,
+        lambda: model.generate_content("What is it about?", generation_config=options),
+        lambda: list(model.generate_content("What is it about?", generation_config=options, stream=True)),
+    ):
+        with pytest.raises(
+            exceptions.Forbidden, match=re.escape(NOT_FOUND)
+        ):  # the SDK makes no PermissionDenied of a REST 403
+            call()
+    assert list(caching.CachedContent.list()) == []
+    file.delete()
+    with pytest.raises(exceptions.Forbidden):
+        generativeai.get_file(file.name)
