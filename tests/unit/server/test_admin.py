@@ -1,0 +1,156 @@
+"""Organisations, projects and keys over HTTP, with keys of every rank."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from keepwarm.core.clock import RandomIds
+from keepwarm.core.identity import NewKey, NewOrganisation
+from keepwarm.core.principal import Role
+from keepwarm.gateway.identities import Identities
+from tests.world import CONFIG, World, world
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[World]:
+    async with world(tmp_path, config=replace(CONFIG, dev=False)) as running:
+        yield running
+
+
+@pytest.fixture
+def identities(server: World) -> Identities:
+    return Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
+
+
+@pytest.fixture
+async def operator(identities: Identities) -> str:
+    new = NewKey("root", role=Role.OPERATOR)
+    return (await identities.create_key(None, new, may_make_operators=True))[0]
+
+
+@pytest.fixture
+async def admin(identities: Identities) -> str:
+    await identities.create_organisation(NewOrganisation("acme"))
+    new = NewKey("boss", role=Role.ADMIN)
+    return (await identities.create_key("acme", new, may_make_operators=False))[0]
+
+
+async def done(server: World, key: str, method: str, path: str, body: object = None, status: int = 200) -> Any:
+    answer = await server.request(method, path, body, key=key)
+    assert answer.status == status, answer.body
+    return answer.json() if status == 200 else answer.json()["error"]
+
+
+async def test_an_operator_makes_an_organisation_and_its_first_admin(server: World, operator: str) -> None:
+    asked = {"id": "acme", "tier": "tier1", "limits": {"rpm": 5, "tpd": None}, "is_prepaid": True}
+    made = await done(server, operator, "POST", "/admin/orgs", asked)
+    now = int(server.clock.now())
+    assert made == {**asked, "cache_scope": "organisation", "created_at": now, "disabled_at": None}
+    listed = (await done(server, operator, "GET", "/admin/orgs"))["data"]
+    assert [org["id"] for org in listed] == ["default", "acme"]
+    key = (await done(server, operator, "POST", "/admin/orgs/acme/keys", {"name": "boss", "role": "admin"}))["key"]
+    assert await done(server, key, "GET", "/admin/orgs/acme") == made
+
+
+async def test_an_admin_makes_projects_and_keys_that_work_at_once(server: World, admin: str) -> None:
+    made = await done(server, admin, "POST", "/admin/orgs/acme/projects", {"name": "search"})
+    assert made == {
+        "organisation": "acme",
+        "name": "search",
+        "created_at": int(server.clock.now()),
+        "archived_at": None,
+    }
+    ends = int(server.clock.now()) + 60
+    asked = {"name": "ci", "project": "search", "expires_at": ends, "models": ["small"]}
+    reply = await done(server, admin, "POST", "/admin/orgs/acme/keys", asked)
+    info = {
+        "id": 2,  # the admin's own is the first
+        **asked,
+        "organisation": "acme",
+        "role": "member",
+        "last4": reply["key"][-4:],
+        "created_at": int(server.clock.now()),
+        "revoked_at": None,
+    }
+    assert reply["info"] == info
+    assert (await server.chat(key=reply["key"])).status == 200
+    assert await done(server, admin, "GET", f"/admin/orgs/acme/keys/{info['id']}") == info
+    assert (await done(server, admin, "GET", "/admin/orgs/acme/keys"))["data"][-1] == info
+    revoked = await done(server, admin, "DELETE", f"/admin/orgs/acme/keys/{info['id']}")
+    assert revoked == {**info, "revoked_at": int(server.clock.now())}
+    assert (await server.chat(key=reply["key"])).status == 401
+
+
+async def test_archiving_a_project_shuts_its_keys_out(server: World, admin: str) -> None:
+    await done(server, admin, "POST", "/admin/orgs/acme/projects", {"name": "search"})
+    asked = {"name": "ci", "project": "search"}
+    key = (await done(server, admin, "POST", "/admin/orgs/acme/keys", asked))["key"]
+    archived = await done(server, admin, "DELETE", "/admin/orgs/acme/projects/search")
+    assert archived["archived_at"] == int(server.clock.now())
+    assert await done(server, admin, "GET", "/admin/orgs/acme/projects/search") == archived
+    assert (await server.chat(key=key)).status == 403
+    await done(server, admin, "POST", "/admin/orgs/acme/projects", {"name": "search"})
+    assert (await server.chat(key=key)).status == 200
+
+
+async def test_disabling_an_organisation_shuts_it_out_and_nobody_else(server: World, operator: str, admin: str) -> None:
+    told = await done(server, operator, "PATCH", "/admin/orgs/acme", {"is_disabled": True})
+    assert told["disabled_at"] == int(server.clock.now())
+    assert "'acme' is disabled" in (await done(server, admin, "GET", "/admin/orgs/acme", status=403))["message"]
+    await done(server, operator, "GET", "/admin/orgs/acme")
+    await done(server, operator, "PATCH", "/admin/orgs/acme", {"is_disabled": False})
+    await done(server, admin, "GET", "/admin/orgs/acme")
+
+
+async def test_an_admin_sees_no_other_organisation(server: World, operator: str, admin: str) -> None:
+    for path in ("/admin/orgs/{}", "/admin/orgs/{}/keys", "/admin/orgs/{}/keys/1", "/admin/orgs/{}/projects/default"):
+        errors = [await done(server, admin, "GET", path.format(org), status=404) for org in ("default", "nobody")]
+        assert errors[0] == errors[1], "whether it is there cannot be told"
+    await done(server, admin, "POST", "/admin/orgs/default/keys", {"name": "spy"}, status=404)
+    assert [key["name"] for key in (await done(server, operator, "GET", "/admin/orgs/default/keys"))["data"]] == [
+        "root"
+    ]
+
+
+async def test_an_admin_cannot_rise(server: World, identities: Identities, operator: str, admin: str) -> None:
+    asked = {"name": "root2", "role": "operator"}
+    refused = await done(server, admin, "POST", "/admin/orgs/acme/keys", asked, status=403)
+    assert "operator" in refused["message"]
+    await done(server, admin, "PATCH", "/admin/orgs/acme", {"tier": "tier5"}, status=403)
+    new = NewKey("root", role=Role.OPERATOR)
+    _, theirs = await identities.create_key("acme", new, may_make_operators=True)
+    await done(server, admin, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}", status=403)
+    await done(server, operator, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}")
+
+
+@pytest.mark.parametrize(
+    "method, path, body, words",
+    [
+        ("POST", "/admin/orgs", {}, "id: is required"),
+        ("POST", "/admin/orgs", {"id": "a b"}, "cannot be used as a name"),
+        ("POST", "/admin/orgs", {"id": "a", "tier": "gold"}, "no tier 'gold'"),
+        ("POST", "/admin/orgs", {"id": "a", "limits": {"rpm": 0}}, "limits.rpm"),
+        ("POST", "/admin/orgs", {"id": "a", "cache_scope": "key"}, "cache_scope"),
+        ("POST", "/admin/orgs", {"id": "a", "prepaid": True}, "unknown field `prepaid`"),
+        ("PATCH", "/admin/orgs/acme", {"id": "b"}, "unknown field `id`"),
+        ("POST", "/admin/orgs/acme/projects", {"name": "default"}, "already"),
+        ("POST", "/admin/orgs/acme/keys", {"name": "boss"}, "already"),
+        ("POST", "/admin/orgs/acme/keys", {"name": "x", "role": "root"}, "role"),
+        ("POST", "/admin/orgs/acme/keys", {"name": "x", "expires_at": 1}, "expires_at"),
+        ("POST", "/admin/orgs/acme/keys", {"name": "x", "project": "none"}, "no project 'none'"),
+    ],
+)
+async def test_a_wrong_body_is_a_400_that_says_what(
+    server: World, operator: str, admin: str, method: str, path: str, body: object, words: str
+) -> None:
+    assert words in (await done(server, operator, method, path, body, status=400))["message"]
+
+
+@pytest.mark.parametrize("key_id", ["0", "x", "-1", "9" * 30, "1x"])
+async def test_what_is_no_keys_id_is_not_found(server: World, operator: str, key_id: str) -> None:
+    await done(server, operator, "GET", f"/admin/orgs/default/keys/{key_id}", status=404)
