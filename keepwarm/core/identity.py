@@ -18,6 +18,7 @@ PROJECT_SCOPE = "project"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 MODELS_MAX = 100  # names in a key's list
 MODEL_CHARS_MAX = 200
+EXPIRES_AT_MAX = 253_402_300_799  # the end of the year 9999, the last that can be written as a date
 
 CacheScope = Literal["organisation", "project"]
 
@@ -107,7 +108,10 @@ def check_new_key(new: NewKey, now: float) -> None:
     """Raises ApiError(INVALID_REQUEST) for a name, expiry or list of models that no key can have."""
     require_name("key", new.name, "name")
     if new.expires_at is not None and new.expires_at <= now:
-        message = f"expires_at {new.expires_at} is not after now, {now}"
+        message = f"expires_at {new.expires_at} is not after now, {now:.0f}"
+        raise ApiError(ErrorKind.INVALID_REQUEST, message, param="expires_at")
+    if new.expires_at is not None and new.expires_at > EXPIRES_AT_MAX:
+        message = f"expires_at is after {EXPIRES_AT_MAX}, the end of the year 9999; it is in seconds, null for never"
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="expires_at")
     if new.models is None:
         return

@@ -23,8 +23,8 @@ LAPTOP = NewKey("laptop")
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
-    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+def storage(any_database: Path | str) -> Iterator[Storage]:
+    storage = Storage.open(any_database, busy_s=1.0)
     yield storage
     storage.close()
 
@@ -150,11 +150,11 @@ async def test_an_archived_project_is_refused_until_it_is_made_again(auth: KeyAu
 
 
 async def test_a_key_revoked_by_another_process_is_refused_at_once(
-    tmp_path: Path, auth: KeyAuth, identities: Identities, clock: FakeClock
+    any_database: Path | str, auth: KeyAuth, identities: Identities, clock: FakeClock
 ) -> None:
     key = await make(identities)
     await auth.principal(f"Bearer {key}")
-    other = await asyncio.to_thread(Storage.open, database_path(tmp_path), 1.0)
+    other = await asyncio.to_thread(Storage.open, any_database, 1.0)
     await Identities(other, clock, RandomIds(), tiers={}, default_tier=None).revoke_named(None, "laptop")
     await asyncio.to_thread(other.close)
     await refusal(auth, f"Bearer {key}")
@@ -166,8 +166,10 @@ async def test_keys_that_only_look_alike_are_refused(auth: KeyAuth, identities: 
         await refusal(auth, f"Bearer {near}")
 
 
-def test_the_key_is_nowhere_in_the_database(tmp_path: Path, identities: Identities) -> None:
-    key = asyncio.run(make(identities))
+def test_the_key_is_nowhere_in_the_database(tmp_path: Path, clock: FakeClock) -> None:
+    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+    key = asyncio.run(make(Identities(storage, clock, RandomIds(), tiers={}, default_tier=None)))
+    storage.close()
     stored = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"laptop" in stored
     assert key.encode() not in stored

@@ -11,7 +11,7 @@ from keepwarm.core.identity import NewKey, NewOrganisation, Organisation, Organi
 from keepwarm.core.principal import Role
 from keepwarm.core.rate_limit import LimitOverrides, OrgLimits
 from keepwarm.gateway.identities import Identities
-from keepwarm.storage import Storage, database_path
+from keepwarm.storage import Storage
 from tests.world import FakeClock
 
 BAD_NAMES = ["", " ", "a b", "-a", "a\n", "é", "a" * 65, "dev/x", "..", "../x"]
@@ -24,8 +24,8 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def identities(tmp_path: Path, clock: FakeClock) -> Iterator[Identities]:
-    storage = Storage.open(database_path(tmp_path), busy_s=1.0)
+def identities(any_database: Path | str, clock: FakeClock) -> Iterator[Identities]:
+    storage = Storage.open(any_database, busy_s=1.0)
     yield Identities(storage, clock, RandomIds(), tiers={"house": OrgLimits(rpm=7)}, default_tier=None)
     storage.close()
 
@@ -185,12 +185,13 @@ async def test_a_name_that_several_organisations_have_is_revoked_for_one(identit
     "new",
     [
         NewKey("ci", expires_at=NOW),
+        NewKey("ci", expires_at=1 << 70),
         NewKey("ci", models=()),
         NewKey("ci", models=("",)),
         NewKey("ci", models=("m" * 201,)),
         NewKey("ci", models=("m",) * 101),
     ],
-    ids=["expired", "no models", "no name", "long name", "many models"],
+    ids=["expired", "milliseconds", "no models", "no name", "long name", "many models"],
 )
 async def test_a_key_nobody_could_use_is_refused(identities: Identities, new: NewKey) -> None:
     await refused(identities.create_key(None, new, may_make_operators=True))
