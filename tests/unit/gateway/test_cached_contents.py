@@ -201,6 +201,26 @@ async def test_an_engine_lost_on_the_way_is_waited_for(server: World, monkeypatc
     assert len(server.engine.plans) == 2
 
 
+async def test_one_whose_engine_is_gone_by_its_end_is_not_ready(server: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warming, "RETRY_S", 0.0)
+
+    def script(plan: Plan) -> list[Event]:
+        server.engine.script = says("ok")
+        server.engine.go_down()
+        return list(says("ok")(plan))
+
+    server.engine.script = script
+    call = asyncio.create_task(made(server))
+    await asyncio.wait([call], timeout=0.2)
+    assert not call.done()
+    assert [obj.status for obj in await everyones(server)] == [ObjectStatus.PENDING]
+    server.engine.come_up()
+    cached = await call
+    assert cached.status is ObjectStatus.READY
+    assert server.engine.pins == {cached.id}
+    assert len(server.engine.plans) == 2
+
+
 async def test_it_is_made_in_no_engine_whose_coming_would_still_make_it_pending(
     server: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
