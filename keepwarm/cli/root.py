@@ -10,6 +10,8 @@ from keepwarm import __version__
 from keepwarm.cli import bench, caches, keys, orgs, prices, projects
 from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
+from keepwarm.cli.plan import EXAMPLE as PLAN_EXAMPLE
+from keepwarm.cli.plan import plan
 from keepwarm.cli.replay import EXAMPLE as REPLAY_EXAMPLE
 from keepwarm.cli.replay import replay
 from keepwarm.cli.serve import EXAMPLE as SERVE_EXAMPLE
@@ -31,6 +33,7 @@ def build() -> typer.Typer:
     _add(root, "store", store, STORE_EXAMPLE)
     _add(root, "verify", verify, VERIFY_EXAMPLE)
     _add(root, "replay", replay, REPLAY_EXAMPLE)
+    _add(root, "plan", plan, PLAN_EXAMPLE)
     bench_group = _group("Measure this machine.")
     _add(bench_group, "ttft", bench.ttft, bench.TTFT_EXAMPLE)
     _add(bench_group, "gateway", bench.gateway, bench.GATEWAY_EXAMPLE)

@@ -17,6 +17,7 @@ COMMANDS = [
     ["store"],
     ["verify"],
     ["replay"],
+    ["plan"],
     ["bench"],
     ["bench", "ttft"],
     ["bench", "gateway"],
