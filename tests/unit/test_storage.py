@@ -252,10 +252,12 @@ async def test_a_database_locked_by_another_process_is_an_overload(any_database:
     async with asyncio.TaskGroup() as group:
         holding = group.create_task(other.run(hold))
         await asyncio.to_thread(entered.wait)
-        with pytest.raises(ApiError, match="locked by another process") as caught:
-            await storage.run(key_names)
+        try:
+            with pytest.raises(ApiError, match="locked by another process") as caught:
+                await storage.run(key_names)
+        finally:
+            leave.set()
         assert (caught.value.kind, caught.value.retry_after_s) == (ErrorKind.OVERLOADED, 1)
-        leave.set()
         await holding
     assert await storage.run(key_names) == set()
     await asyncio.to_thread(other.close)

@@ -114,9 +114,11 @@ async def test_a_call_under_way_in_a_restart_fails_once_and_later_ones_work(
     async with asyncio.TaskGroup() as group:
         call = group.create_task(asyncio.wait_for(_told(storage, slow), 60))
         await asyncio.to_thread(entered.wait)
-        await asyncio.to_thread(restarted.stop)
-        await asyncio.to_thread(restarted.start)
-        leave.set()
+        try:
+            await asyncio.to_thread(restarted.stop)
+            await asyncio.to_thread(restarted.start)
+        finally:
+            leave.set()
     told = call.result()
     assert (told.kind, told.retry_after_s) == (ErrorKind.OVERLOADED, 1)
     assert "connection to the database was lost" in told.message
