@@ -159,12 +159,13 @@ class Warming:
         return self._wanted.popitem() if awaited is None else (awaited, self._wanted.pop(awaited))
 
     async def warm(self, tenant: str, object_id: str) -> bool:
-        """Compute one object if it is pending, or ready and damaged. False: its engine was lost or is new, try again.
+        """Compute one object if it is pending, or ready and damaged. False: its engine is gone or new, try again.
 
         Raises ApiError: ENGINE_DOWN, OVERLOADED (engine or database).
         """
-        epoch = self._engine.status().epoch
-        if self._adopted_epoch != epoch:
+        engine = self._engine.status()
+        epoch = engine.epoch
+        if engine.state is not EngineState.READY or self._adopted_epoch != epoch:
             return False  # what is made ready now would be taken for an object whose lease did not survive
         obj = await self._objects.get(tenant, object_id)
         status = None if obj is None else obj.effective_status(self._clock.now())
