@@ -145,8 +145,7 @@ class Storage:
 def _make_private(path: Path) -> None:
     """Make the directory 0700 and the file 0600 before SQLite does; its -wal and -shm files take the file's mode."""
     try:
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700, parents=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # one that is there keeps its mode
         path.touch(mode=0o600, exist_ok=True)
         path.chmod(0o600)
     except OSError as exc:
