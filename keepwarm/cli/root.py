@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from keepwarm import __version__
-from keepwarm.cli import bench, caches, keys, orgs, prices, projects
+from keepwarm.cli import bench, budgets, caches, keys, ledger, orgs, prices, projects, usage
 from keepwarm.cli.demo import EXAMPLE as DEMO_EXAMPLE
 from keepwarm.cli.demo import demo
 from keepwarm.cli.plan import EXAMPLE as PLAN_EXAMPLE
@@ -34,6 +34,8 @@ def build() -> typer.Typer:
     _add(root, "verify", verify, VERIFY_EXAMPLE)
     _add(root, "replay", replay, REPLAY_EXAMPLE)
     _add(root, "plan", plan, PLAN_EXAMPLE)
+    _add(root, "usage", usage.usage, usage.USAGE_EXAMPLE)
+    _add(root, "invoice", usage.invoice, usage.INVOICE_EXAMPLE)
     bench_group = _group("Measure this machine.")
     _add(bench_group, "ttft", bench.ttft, bench.TTFT_EXAMPLE)
     _add(bench_group, "gateway", bench.gateway, bench.GATEWAY_EXAMPLE)
@@ -68,6 +70,19 @@ def build() -> typer.Typer:
     _add(price_group, "show", prices.show, prices.SHOW_EXAMPLE)
     _add(price_group, "check", prices.check, prices.CHECK_EXAMPLE)
     root.add_typer(price_group, name="prices", epilog=_epilog(prices.SHOW_EXAMPLE))
+    ledger_group = _group("Count the ledger anew, show it, bring credit in.")
+    _add(ledger_group, "verify", ledger.verify, ledger.VERIFY_EXAMPLE)
+    _add(ledger_group, "balance", ledger.balance, ledger.BALANCE_EXAMPLE)
+    _add(ledger_group, "grant", ledger.grant, ledger.GRANT_EXAMPLE)
+    _add(ledger_group, "voucher", ledger.voucher, ledger.VOUCHER_EXAMPLE)
+    _add(ledger_group, "adjust", ledger.adjust, ledger.ADJUST_EXAMPLE)
+    _add(ledger_group, "rows", ledger.rows, ledger.ROWS_EXAMPLE)
+    root.add_typer(ledger_group, name="ledger", epilog=_epilog(ledger.VERIFY_EXAMPLE))
+    budget_group = _group("Set, list and remove budgets.")
+    _add(budget_group, "set", budgets.set_budget, budgets.SET_EXAMPLE)
+    _add(budget_group, "list", budgets.list_budgets, budgets.LIST_EXAMPLE)
+    _add(budget_group, "remove", budgets.remove_budget, budgets.REMOVE_EXAMPLE)
+    root.add_typer(budget_group, name="budgets", epilog=_epilog(budgets.SET_EXAMPLE))
     return root
 
 

@@ -46,6 +46,12 @@ COMMANDS = [
     ["prices", "list"],
     ["prices", "show"],
     ["prices", "check"],
+    ["usage"],
+    ["invoice"],
+    ["ledger"],
+    *(["ledger", name] for name in ("verify", "balance", "grant", "voucher", "adjust", "rows")),
+    ["budgets"],
+    *(["budgets", name] for name in ("set", "list", "remove")),
 ]
 
 
