@@ -34,13 +34,16 @@ class Ratio(Struct, frozen=True):
 
 
 class Report(Struct, Generic[S]):
-    """The whole of a run. `samples` has every raw measurement (times in ms), `medians` what they come to."""
+    """The whole of a run. `samples` has every raw measurement (times in ms), `medians` what they come to.
+
+    `model` is None where no model was run.
+    """
 
     kind: str
     created_at: str
     machine: Machine
     versions: Versions
-    model: ModelInfo
+    model: ModelInfo | None
     settings: dict[str, str | int | bool]
     ratios: list[Ratio]
     medians: dict[str, float]
@@ -73,7 +76,8 @@ def publish(report: Report[S], console: Console, out: Path | None) -> None:
     """Write the report to `out` (default: <date>-<kind>.json here) and print its tables. Raises BenchError."""
     path = out or Path(f"{report.created_at[:10]}-{report.kind}.json")
     console.print(median_table(report.medians))
-    console.print(ratio_table(f"{report.kind}: {report.model.weights} on {report.machine.cpu}", report.ratios))
+    measured = report.kind if report.model is None else f"{report.kind}: {report.model.weights}"
+    console.print(ratio_table(f"{measured} on {report.machine.cpu}", report.ratios))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded(report))

@@ -16,6 +16,7 @@ TTFT_EXAMPLE = "keepwarm bench ttft --tokens 5000 --out ttft.json"
 GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 10000"
 AGENT_EXAMPLE = "keepwarm bench agent --turns 20 --out agent.json"
 STORE_EXAMPLE = "keepwarm bench store --data-dir DIR --out store.json"
+LEDGER_EXAMPLE = "keepwarm bench ledger --data-dir DIR --out ledger.json"
 TOKENS_MIN = 640  # automatic reuse begins at 512
 TURNS_MIN = 3  # shares are counted from the third on
 QUICK_TURNS = 6
@@ -25,6 +26,7 @@ AgentTurns = Annotated[int, typer.Option("--turns", min=TURNS_MIN, help="Length 
 BaseTokens = Annotated[int, typer.Option("--tokens", min=TOKENS_MIN, help="Length of tools and system text.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer rounds: to see that it works, not to quote.")]
 Requests = Annotated[int, typer.Option("--requests", min=10, help="How many, in the longest part.")]
+LedgerTurns = Annotated[int, typer.Option("--turns", min=10, help="How many a round, with many callers.")]
 Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="FILE", help="Write the JSON there (default: <date>-<kind>.json here)."),
@@ -96,4 +98,16 @@ def agent(
     try:
         module.run_and_show(plan, Console(), data_dir=data_dir, config_file=config_file, out=out)
     except (BenchError, ConfigError) as error:
+        fail(str(error))
+
+
+def ledger(turns: LedgerTurns = 10_000, data_dir: DataDir = None, out: Out = None) -> None:
+    """How many turns a second the ledger holds and settles on SQLite, each on the disk before it is acknowledged.
+
+    Some ten seconds. The disk is that of --data-dir, or of temporary files, which some systems keep in memory.
+    """
+    module = importlib.import_module("keepwarm.bench.ledger")
+    try:
+        module.run_and_show(turns, Console(), data_dir=data_dir, out=out)
+    except BenchError as error:
         fail(str(error))

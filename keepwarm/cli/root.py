@@ -41,6 +41,7 @@ def build() -> typer.Typer:
     _add(bench_group, "gateway", bench.gateway, bench.GATEWAY_EXAMPLE)
     _add(bench_group, "store", bench.store, bench.STORE_EXAMPLE)
     _add(bench_group, "agent", bench.agent, bench.AGENT_EXAMPLE)
+    _add(bench_group, "ledger", bench.ledger, bench.LEDGER_EXAMPLE)
     root.add_typer(bench_group, name="bench", epilog=_epilog(bench.TTFT_EXAMPLE))
     org_group = _group("Make, list and change organisations.")
     _add(org_group, "create", orgs.create, orgs.CREATE_EXAMPLE)

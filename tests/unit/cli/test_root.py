@@ -23,6 +23,7 @@ COMMANDS = [
     ["bench", "gateway"],
     ["bench", "store"],
     ["bench", "agent"],
+    ["bench", "ledger"],
     ["orgs"],
     ["orgs", "create"],
     ["orgs", "list"],
