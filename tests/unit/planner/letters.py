@@ -23,7 +23,7 @@ def traffic_of(words: list[tuple[float, str, int]]) -> Traffic:
 
 
 WORDS = st.lists(
-    st.tuples(st.integers(0, 40).map(float), st.text("ab", min_size=1, max_size=6), st.integers(1, BLOCK - 1)),
+    st.tuples(st.integers(0, 6).map(float), st.text("ab", min_size=1, max_size=6), st.integers(1, BLOCK - 1)),
     min_size=1,
     max_size=25,
 )

@@ -67,10 +67,10 @@ def test_tools_are_a_place_and_other_tools_another_prefix(bodies):
 
 
 def test_the_clients_own_marks_change_nothing(bodies):
-    block = {"type": "text", "text": "A"}
-    marked = {**block, "cache_control": {"type": "ephemeral"}}
-    plain = bodies.rendered("anthropic", anthropic(("user", [block]), system=SYSTEM))
-    assert bodies.rendered("anthropic", anthropic(("user", [marked]), system=SYSTEM)) == plain
+    texts = [{"type": "text", "text": "Some of the text. "}, {"type": "text", "text": "The rest of it."}]
+    marked = [{**texts[0], "cache_control": {"type": "ephemeral"}}, texts[1]]
+    plain = bodies.rendered("anthropic", anthropic(("user", texts), system=SYSTEM))
+    assert bodies.rendered("anthropic", anthropic(("user", marked), system=SYSTEM)) == plain
 
 
 def test_blocks_are_whole_and_shared_as_far_as_the_texts_are(bodies):
