@@ -23,6 +23,9 @@ import uvloop
 from blake3 import blake3
 from starlette.applications import Starlette
 
+from keepwarm.billing.ledger import Ledger
+from keepwarm.billing.meter import Meters
+from keepwarm.billing.price_book import load_price_book
 from keepwarm.cache.objects import Objects
 from keepwarm.cache.render import Templating
 from keepwarm.config import Config, ConfigError, ModelConfig
@@ -34,6 +37,7 @@ from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine.local import EngineFault, LocalEngine, open_tokenizer
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.auth import Auth, DevAuth, KeyAuth
+from keepwarm.gateway.billing import Billing
 from keepwarm.gateway.breakpoints import Breakpoints
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.documents import Documents
@@ -44,6 +48,9 @@ from keepwarm.gateway.history import History
 from keepwarm.gateway.identities import Identities
 from keepwarm.gateway.lookups import Lookups
 from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.object_billing import ObjectBilling
+from keepwarm.gateway.rate_limits import RateLimits
+from keepwarm.gateway.rate_store import open_rate_store
 from keepwarm.gateway.reading import Reading
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -54,11 +61,12 @@ from keepwarm.gateway.warmup import WarmText, WarmUp, read_prompts
 from keepwarm.server.connection import bounded_http
 from keepwarm.server.endpoints import RestartableEngine, Services
 from keepwarm.server.routes import application
-from keepwarm.storage import Storage, StorageError, database_path
+from keepwarm.storage import Storage, StorageError, database
 from keepwarm.telemetry import Log, configure
 
 STOP_S = 10.0  # running turns may end by themselves for this long after a signal, then they get an error
 STOP_REST_S = 5.0  # for the errors to go out
+HOLD_REST_S = 60.0  # a hold outlives the longest turn by so much: its settling may have to wait for the database
 BACKLOG = 2048
 
 
@@ -87,6 +95,8 @@ class Gateway:
     turns: Turns
     warming: Warming
     settling: Settling
+    ledger: Ledger
+    paying: ObjectBilling
 
 
 def serve(config: Config) -> None:
@@ -108,7 +118,9 @@ async def _serve(config: Config, log: Log, clock: Clock, ids: Ids) -> None:
     began = clock.monotonic()
     limits = config.limits
     with _listen(config) as listener:  # first: a taken port is found before a model is loaded
-        storage = await asyncio.to_thread(Storage.open, database_path(config.data_dir), limits.db_busy_s_max)
+        storage = await asyncio.to_thread(
+            Storage.open, database(config.database_url, config.data_dir), limits.db_busy_s_max
+        )
         try:
             tokenizer = await asyncio.to_thread(open_tokenizer, config)
             try:
@@ -145,21 +157,27 @@ async def gateway(
     disk = FileDisk(Path(config.data_dir) / "files")
     files = Files(config.limits, disk, FileRows(storage), reading, clock, ids, log)
     await files.recover()
+    prices = await asyncio.to_thread(load_price_book, config.billing, config.model, clock.now())
+    counters = await asyncio.to_thread(open_rate_store, config.rates.redis_url)
+    rates = RateLimits(config.rates, counters, clock, log)
     rendering = Rendering(templating, model.to_gbnf, config.limits, Documents(config.limits, reading, files))
     try:
         async with asyncio.TaskGroup() as tasks:
             runtime = Runtime(clock, ids, log, tasks)
             warmup = WarmUp(prompts, rendering, model.engine, runtime)
-            warming = Warming(objects, rendering, model.engine, warmup, runtime, is_durable=is_durable)
+            ledger = Ledger(storage, clock, ids, hold_s=config.limits.turn_s_max + HOLD_REST_S)
+            paying = ObjectBilling(ledger, Meters(storage, clock, prices.prices_or_none), prices, runtime)
+            warming = Warming(objects, rendering, model.engine, warmup, paying, runtime, is_durable=is_durable)
             settling = Settling(config.cache, rendering, model.engine, runtime)
-            caching = Caching(config, models, admission, objects, rendering, model.engine, warming, runtime)
+            caching = Caching(config, models, admission, objects, rendering, model.engine, warming, paying, runtime)
             breakpoints = Breakpoints(
                 storage, runtime, root=_root(config.model, templating), tokens_min=config.cache.mark_tokens_min
             )
             await breakpoints.load()
             history = History(templating.decode)
             lookups = Lookups(config.cache, models, breakpoints, history, template=templating.digest)
-            turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, runtime)
+            billing = Billing(ledger, prices, rates, runtime)
+            turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, billing, runtime)
             services = Services(
                 config,
                 auth,
@@ -173,6 +191,7 @@ async def gateway(
                 runtime,
                 int(clock.now()),
             )
+            await paying.recover()
             await warming.recover()
             background = [
                 tasks.create_task(warming.work()),
@@ -183,14 +202,20 @@ async def gateway(
                 tasks.create_task(warmup.work()),
                 tasks.create_task(files.work()),
                 tasks.create_task(files.tick_forever()),
+                tasks.create_task(ledger.work()),
+                tasks.create_task(paying.tick_forever()),
             ]
             try:
-                yield Gateway(application(services), turns, warming, settling)
+                yield Gateway(application(services), turns, warming, settling, ledger, paying)
             finally:
                 turns.stop()
+                with contextlib.suppress(TimeoutError):  # what is not settled by then is held, and expires
+                    async with asyncio.timeout(STOP_REST_S):
+                        await turns.drained()
                 for task in background:
                     task.cancel()
     finally:
+        await counters.close()
         await asyncio.to_thread(rendering.close)
         await asyncio.to_thread(disk.close)
 

@@ -133,6 +133,7 @@ def serving(data_dir: Path, clock: Clock, options: tuple[str, ...] = ()) -> Iter
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log, port = data_dir / LOG_NAME, _free_port()
     command = [sys.executable, "-m", "keepwarm", "serve", "--dev", "--host", HOST, "--port", str(port)]
+    command += ["--database-url", ""]  # of this data directory, whatever the environment names
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--data-dir", str(data_dir), *options],

@@ -13,7 +13,7 @@ from keepwarm.core.request import CacheUse, ChatRequest, Message, Sampling, Text
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.turn import Turn
 from tests.engines import says
-from tests.world import World, world
+from tests.world import World, developer, world
 
 pytestmark = pytest.mark.anyio
 
@@ -67,7 +67,7 @@ async def answered(server: World, tenant: str, request: ChatRequest, k: int) -> 
     run = turns._run  # the task's coroutine is what is stepped through
     turns._run = lambda turn: stepper.run(turn, run(turn))  # type: ignore[assignment,method-assign]
     try:
-        async with turns.open("turn-1", tenant, request, Phases(server.clock), dialect="kimi") as turn:
+        async with turns.open("turn-1", developer(tenant), request, Phases(server.clock), dialect="kimi") as turn:
             events = []
             while not turn.stream.is_read:
                 events += await turn.stream.batch(None)
@@ -117,7 +117,9 @@ async def test_choices_cancelled_at_every_step_of_the_engine_leak_nothing(tmp_pa
         server.engine.script = says("a", "b")
         for k in range(1, STEPS_MAX):
             n_steps = 0
-            async with server.running.turns.open("turn-1", "t", request, Phases(server.clock), dialect="kimi") as turn:
+            async with server.running.turns.open(
+                "turn-1", developer("t"), request, Phases(server.clock), dialect="kimi"
+            ) as turn:
 
                 async def step(k: int = k, turn: Turn = turn) -> None:
                     nonlocal n_steps
@@ -141,7 +143,9 @@ async def test_choices_cancelled_at_every_step_of_the_engine_leak_nothing(tmp_pa
 async def test_cancelled_before_it_began_it_still_ends(tmp_path: Path) -> None:
     async with world(tmp_path) as server:
         request = ChatRequest("small", (QUESTION,))
-        async with server.running.turns.open("turn-1", TENANT, request, Phases(server.clock), dialect="kimi") as turn:
+        async with server.running.turns.open(
+            "turn-1", developer(TENANT), request, Phases(server.clock), dialect="kimi"
+        ) as turn:
             turn.cancel()
             (event,) = await turn.stream.batch(None)
         assert isinstance(event, Failed)
@@ -153,7 +157,9 @@ async def test_leaving_in_the_middle_gives_everything_back(tmp_path: Path) -> No
         steps = asyncio.Semaphore(2)
         server.engine.gate = steps.acquire  # type: ignore[assignment]
         request = ChatRequest("small", (QUESTION,))
-        async with server.running.turns.open("turn-1", TENANT, request, Phases(server.clock), dialect="kimi") as turn:
+        async with server.running.turns.open(
+            "turn-1", developer(TENANT), request, Phases(server.clock), dialect="kimi"
+        ) as turn:
             await turn.stream.begin()
             assert server.engine.running == {"turn-1"}
         server.assert_clean()

@@ -19,6 +19,7 @@ from structlog.testing import LogCapture
 from keepwarm.app import Gateway, Model, gateway
 from keepwarm.cache.render import Templating
 from keepwarm.config import CacheConfig, Config, Limits, ModelConfig
+from keepwarm.core.principal import Principal, Role
 from keepwarm.engine.scripted import ScriptedVocab
 from keepwarm.storage import Storage, database_path
 from keepwarm.telemetry import Log
@@ -223,6 +224,11 @@ class World:
         """Nothing is held: no permit, no lease, no run."""
         assert self.running.turns.n_turns == 0
         assert self.engine.is_clean
+
+
+def developer(tenant: str) -> Principal:
+    """Who calls with --dev, as this tenant: limited and billed by nobody."""
+    return Principal(tenant, tenant, "default", None, "dev", Role.OPERATOR)
 
 
 async def until(condition: Callable[[], bool]) -> None:

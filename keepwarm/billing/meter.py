@@ -102,6 +102,10 @@ class Meters:
         """The object was deleted at `at`: charge its life up to then. Nothing happens when it is not metered."""
         await self._storage.run(partial(self._close, object_id, at))
 
+    async def lives(self, object_id: str) -> tuple[int, bool]:
+        """How many lives of an object are over, and whether it has one now."""
+        return await self._storage.run(partial(_lives, object_id, self._clock.now()))
+
     async def missing(self) -> list[Metered]:
         """Objects that are ready and have a payer, but no meter: from now on, and without prices, which are the caller's.
 
@@ -210,6 +214,15 @@ def _extend(object_id: str, ends_at: float, now: float, connection: sa.Connectio
         return False
     connection.execute(sa.update(storage_meters).where(columns.id == last.id).values(ends_at=ends_at, is_closed=False))
     return True
+
+
+def _lives(object_id: str, now: float, connection: sa.Connection) -> tuple[int, bool]:
+    columns = storage_meters.c
+    found = connection.execute(
+        sa.select(columns.is_closed, columns.ends_at).where(columns.object_id == object_id)
+    ).all()
+    n_living = sum(not row.is_closed and row.ends_at > now for row in found)
+    return len(found) - n_living, n_living > 0
 
 
 def _is_alive(connection: sa.Connection, object_id: str) -> bool:

@@ -55,6 +55,13 @@ class PriceBook:
             raise NoSuchPricesError(f"there are no prices {priced.sheet}/{priced.sheet_model}; put the sheet back")
         return sheet.models[priced.sheet_model]
 
+    def prices_or_none(self, priced: Priced) -> ModelPrices | None:
+        """The same; None while the sheet is not there."""
+        try:
+            return self.prices(priced)
+        except NoSuchPricesError:
+            return None
+
     def _effective(self, name: str, now: float) -> PriceSheet | None:
         return effective(self._versions.get(name, ()), now)
 

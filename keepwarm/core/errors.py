@@ -20,7 +20,7 @@ class ErrorKind(Enum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     BODY_TOO_LARGE = "body_too_large"
     HEADERS_TOO_LARGE = "headers_too_large"
-    UNAUTHENTICATED = "unauthenticated"  # no key, or an unknown or revoked one
+    UNAUTHENTICATED = "unauthenticated"  # no key, or an unknown, revoked or expired one
     PERMISSION_DENIED = "permission_denied"
     QUOTA_EXCEEDED = "quota_exceeded"
     RATE_LIMITED = "rate_limited"

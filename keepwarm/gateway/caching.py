@@ -12,11 +12,13 @@ from keepwarm.cache.objects import Objects
 from keepwarm.config import Config
 from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
+from keepwarm.core.principal import Principal, check_allowed
 from keepwarm.core.request import ChatRequest, ObjectDialect
 from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.lifetime import exact_expiry, expiry
 from keepwarm.gateway.models import ServedModels
+from keepwarm.gateway.object_billing import ObjectBilling
 from keepwarm.gateway.object_use import CONTENT_NOT_FOUND, ObjectUse, use_object
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -29,7 +31,7 @@ WINDOW_REST = 2  # tokens after the object: a turn evaluates at least its last t
 class Caching:
     """All calls on cache objects and tags. Every method takes the tenant first."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a service of its own, handed in by the composition root)
         self,
         config: Config,
         models: ServedModels,
@@ -38,6 +40,7 @@ class Caching:
         rendering: Rendering,
         engine: Engine,
         warming: Warming,
+        billing: ObjectBilling,
         runtime: Runtime,
     ) -> None:
         self._config = config.cache
@@ -48,21 +51,24 @@ class Caching:
         self._rendering = rendering
         self._engine = engine
         self._warming = warming
+        self._billing = billing
         self._clock = runtime.clock
         self._ids = runtime.ids
         self._quota = asyncio.Lock()
 
-    async def create(self, tenant: str, new: NewObject) -> CacheObject:
-        """Store a new object, `pending`.
+    async def create(self, principal: Principal, new: NewObject) -> CacheObject:
+        """Store a new object, `pending`, with what making it costs held.
 
-        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, OVERLOADED, ENGINE_DOWN.
+        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, OVERLOADED, ENGINE_DOWN,
+        PERMISSION_DENIED for a model that the key may not use.
         """
-        with self._admission.enter(tenant):  # rendering is work, too
-            obj = await self._insert(tenant, new)
+        with self._admission.enter(principal.tenant):  # rendering is work, too
+            obj = await self._read(principal, new)
+            await self._insert(principal, obj, new.tags)
         self._warming.want(obj)
         return obj
 
-    async def create_ready(self, tenant: str, new: NewObject) -> CacheObject:
+    async def create_ready(self, principal: Principal, new: NewObject) -> CacheObject:
         """Store a new object and compute it; whatever keeps it from being ready leaves nothing behind.
 
         Raises as `create`, ApiError(TIMEOUT), and what the computation failed with.
@@ -71,8 +77,8 @@ class Caching:
         turn_s_max = self._limits.turn_s_max
         try:
             async with asyncio.timeout(turn_s_max):
-                with self._admission.enter(tenant):  # it is a turn without an answer, and takes as long
-                    return await self._computed(await self._insert(tenant, new))
+                with self._admission.enter(principal.tenant):  # it is a turn without an answer, and takes as long
+                    return await self._computed(principal, await self._read(principal, new), new.tags)
         except TimeoutError as exc:
             message = f"the cached content was not computed within {turn_s_max:g} s"
             raise ApiError(ErrorKind.TIMEOUT, message) from exc
@@ -96,6 +102,7 @@ class Caching:
             tenant, object_id, expires_at=end, early_ns=early, now=now, dialect="gemini"
         )
         if renewed is not None:
+            await self._billing.renewed(renewed)
             return renewed
         changed = await self._objects.update(
             tenant, object_id, now=now, expires_at=end, early_ns=early, dialect="gemini"
@@ -131,7 +138,10 @@ class Caching:
         expires_at = expiry(self._config, now, expires_at=None, ttl_s=ttl_s)
         assert expires_at is not None
         renewed = await self._objects.renew(tenant, object_id, expires_at=expires_at, now=now, dialect="kimi")
-        return renewed or await self.update(tenant, object_id, ObjectUpdate(ttl_s=ttl_s))
+        if renewed is not None:
+            await self._billing.renewed(renewed)
+            return renewed
+        return await self.update(tenant, object_id, ObjectUpdate(ttl_s=ttl_s))
 
     async def delete(self, tenant: str, object_id: str, dialect: ObjectDialect = "kimi") -> None:
         """Raises ApiError(UNKNOWN_CACHE)."""
@@ -139,6 +149,7 @@ class Caching:
             await self.get(tenant, object_id, dialect)  # one whose time is over
         if not await self._objects.delete(tenant, object_id, dialect):
             raise _unknown(object_id, dialect)
+        await self._billing.deleted(object_id)
         await self._warming.drop(object_id)
 
     async def bind_tag(self, tenant: str, name: str, object_id: str) -> Tag:
@@ -185,15 +196,16 @@ class Caching:
         """A turn has used the object: after a restart of the engine it comes before those that nobody asks for."""
         self._warming.used(obj.id)
 
-    async def _insert(self, tenant: str, new: NewObject) -> CacheObject:
-        """A new object, `pending`, with its documents read and its length known."""
-        now = self._clock.now()
+    async def _read(self, principal: Principal, new: NewObject) -> CacheObject:
+        """A new object, `pending` and not stored yet, with its documents read and its length known."""
+        now, tenant = self._clock.now(), principal.tenant
+        check_allowed(principal, new.model)
         expires_at, early_ns = self._lifetime(new, now)
         self._models.resolve(new.model)
         read = await self._rendering.with_documents(tenant, ChatRequest(new.model, new.messages))
         n_tokens = (await self._rendering.object_prefix(tenant, read.messages, new.tools)).prompt.n_tokens
         self._check_size(n_tokens, new.dialect)
-        obj = CacheObject(
+        return CacheObject(
             id=self._ids.new("cache-") if new.dialect == "kimi" else self._ids.new("") + self._ids.new(""),
             tenant=tenant,
             model=new.model,
@@ -209,16 +221,22 @@ class Caching:
             dialect=new.dialect,
             tool_choice=new.tool_choice,
             early_ns=early_ns,
+            project=principal.project if principal.is_billed else None,
+            key_id=principal.key_id,
         )
-        async with self._quota:
-            await self._check_quota(tenant, n_tokens, now)
-            await self._objects.insert(obj, new.tags)
-        return obj
 
-    async def _computed(self, obj: CacheObject) -> CacheObject:
+    async def _insert(self, principal: Principal, obj: CacheObject, tags: tuple[str, ...]) -> None:
+        """Raises ApiError(QUOTA_EXCEEDED)."""
+        async with self._quota:
+            await self._check_quota(obj.tenant, obj.n_tokens, obj.created_at)
+            await self._billing.reserve(principal, obj)
+            await self._objects.insert(obj, tags)
+
+    async def _computed(self, principal: Principal, obj: CacheObject, tags: tuple[str, ...]) -> CacheObject:
         """The object once it is ready. Raises ApiError when it cannot be, or is deleted meanwhile."""
         is_made = False
         try:
+            await self._insert(principal, obj, tags)  # given up in the middle, it may be stored all the same
             failure = await self._warming.computed(obj)
             if failure is not None:
                 raise ApiError(failure.kind, failure.message, retry_after_s=failure.retry_after_s)
@@ -230,6 +248,7 @@ class Caching:
         finally:
             if not is_made:
                 await self._objects.delete(obj.tenant, obj.id)
+                await self._billing.deleted(obj.id)
                 await self._warming.drop(obj.id)
 
     def _lifetime(self, new: NewObject, now: float) -> tuple[int, int]:

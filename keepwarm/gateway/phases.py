@@ -6,7 +6,7 @@ from typing import Literal
 
 from keepwarm.core.clock import Clock
 
-Phase = Literal["auth", "read", "parse", "objects", "render", "lease"]
+Phase = Literal["auth", "read", "parse", "objects", "render", "reserve", "lease"]
 
 
 class Phases:

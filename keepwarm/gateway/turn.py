@@ -1,7 +1,7 @@
 """The story of one turn, from an authenticated request to its one terminal event:
 
-    admission permit → cache object → normalise, read documents → render → breakpoints → engine.lease → planner
-                     → engine.run(plan) → events
+    admission permit → limits → cache object → normalise, read documents → render → hold → breakpoints
+                     → engine.lease → planner → engine.run(plan) → events → settle
 
 Every step that takes something is a context manager, so all of it is back before the reader sees the terminal event,
 and on error, cancellation and timeout just the same. The reader and the turn are separate tasks: a slow or vanished
@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
 from msgspec.structs import replace
 
+from keepwarm.billing.act import Repeat
 from keepwarm.cache.planner import plan_turn
 from keepwarm.cache.render import Built
 from keepwarm.config import Config
@@ -21,10 +22,13 @@ from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import CacheObject, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, Usage
+from keepwarm.core.principal import Principal, check_allowed
 from keepwarm.core.prompt import OutputRules
+from keepwarm.core.rate_limit import LimitState
 from keepwarm.core.request import ChatRequest
 from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
+from keepwarm.gateway.billing import Bill, Billing, TurnFacts
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.history import TurnRecord
 from keepwarm.gateway.lookups import Look, Lookups
@@ -38,12 +42,11 @@ from keepwarm.gateway.window import ready_model
 from keepwarm.telemetry import where
 
 
-class RunFailed(Exception):
+class RunFailed(ApiError):
     """A run of the engine ended in `Failed`."""
 
     def __init__(self, event: Failed) -> None:
-        super().__init__(event.message)
-        self.error = ApiError(event.kind, event.message, retry_after_s=event.retry_after_s)
+        super().__init__(event.kind, event.message, retry_after_s=event.retry_after_s)
         self.usage = event.usage
 
 
@@ -53,16 +56,19 @@ class Turn:
     def __init__(
         self,
         turn_id: str,
-        tenant: str,
+        principal: Principal,
         request: ChatRequest,
         phases: Phases,
         events_max: int,
         *,
         dialect: str,
         began_at: float,
+        repeat: Repeat | None = None,
     ) -> None:
         self.turn_id = turn_id
-        self.tenant = tenant
+        self.principal = principal
+        self.tenant = principal.tenant
+        self.repeat = repeat
         self.request = request
         self.dialect = dialect
         self.began_at = began_at
@@ -77,6 +83,10 @@ class Turn:
         self.answer = AnswerText()
         self._task: asyncio.Task[None] | None = None
         self._cause = ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+
+    def facts(self) -> TurnFacts:
+        """What its bill says of it."""
+        return TurnFacts(self.turn_id, self.principal, self.dialect, self.request.model, self.request.n, self.repeat)
 
     def start(self, task: asyncio.Task[None]) -> None:
         self._task = task
@@ -105,7 +115,7 @@ class Turn:
 class Turns:
     """Runs turns. One per server."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is a service of its own, handed in by the composition root)
         self,
         config: Config,
         admission: Admission,
@@ -114,6 +124,7 @@ class Turns:
         engine: Engine,
         settling: Settling,
         lookups: Lookups,
+        billing: Billing,
         runtime: Runtime,
     ) -> None:
         self._config = config
@@ -123,31 +134,36 @@ class Turns:
         self._engine = engine
         self._settling = settling
         self._lookups = lookups
+        self._billing = billing
         self._clock = runtime.clock
         self._tasks = runtime.tasks
         self._log = runtime.log
         self._open: set[Turn] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._stopping: ApiError | None = None
 
     @asynccontextmanager
     async def open(
-        self, turn_id: str, tenant: str, request: ChatRequest, phases: Phases, *, dialect: str,
-        max_tokens_cut: bool = False,
+        self, turn_id: str, principal: Principal, request: ChatRequest, phases: Phases, *, dialect: str,
+        max_tokens_cut: bool = False, repeat: Repeat | None = None,
     ) -> AsyncIterator[Turn]:  # fmt: skip
         """Run a turn while the context lasts. Leaving it early cancels the turn and waits until it has given all back."""
         if self._stopping is not None:
             raise self._stopping
         turn = Turn(
             turn_id,
-            tenant,
+            principal,
             request,
             phases,
             self._config.limits.event_queue_max,
             dialect=dialect,
             began_at=self._clock.now(),
+            repeat=repeat,
         )
         turn.max_tokens_cut = max_tokens_cut
         task = self._tasks.create_task(self._run(turn))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         turn.start(task)
         self._open.add(turn)
         try:
@@ -164,22 +180,33 @@ class Turns:
         for turn in self._open:
             turn.cancel(self._stopping)
 
+    async def drained(self) -> None:
+        """Wait until every turn has ended and is settled. After `stop`."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+        await self._billing.drained()
+
     @property
     def n_turns(self) -> int:
         """Places taken: running and queued turns."""
         return self._admission.n_turns
 
-    async def count_tokens(self, tenant: str, request: ChatRequest, phases: Phases) -> tuple[int, int]:
+    async def limits(self, principal: Principal) -> LimitState:
+        """What is left of the limits of the caller's organisation."""
+        return await self._billing.limits(principal)
+
+    async def count_tokens(self, principal: Principal, request: ChatRequest, phases: Phases) -> tuple[int, int]:
         """Length in tokens of the prompt such a request has, and of the cache object in it (0: none).
 
         Raises ApiError as a turn would before it runs.
         """
-        turn = Turn("", tenant, request, phases, events_max=1, dialect="", began_at=self._clock.now())
-        with self._admission.enter(tenant):
+        check_allowed(principal, request.model)
+        turn = Turn("", principal, request, phases, events_max=1, dialect="", began_at=self._clock.now())
+        with self._admission.enter(turn.tenant):
             request = await self._prepared(turn)
             with phases.measure("render"):
                 built = await self._rendering.build(
-                    tenant,
+                    turn.tenant,
                     request.messages,
                     request.tools,
                     request.tool_choice,
@@ -198,7 +225,7 @@ class Turns:
             self._note(turn, "finished", finished.usage)
             turn.stream.emit(finished)
         except RunFailed as failed:
-            self._fail(turn, failed.error, failed.usage)
+            self._fail(turn, failed, failed.usage)
         except ApiError as error:
             self._fail(turn, error)
         except TimeoutError:
@@ -212,23 +239,32 @@ class Turns:
         turn.stream.fail(error, usage)
 
     async def _story(self, turn: Turn) -> Finished:
+        check_allowed(turn.principal, turn.request.model)
         with self._admission.enter(turn.tenant, turn.request.n):
-            n_ctx = ready_model(self._engine).n_ctx
-            request = await self._prepared(turn)
-            if request.cache is not None and request.cache.dry_run:
-                return _dry_run(turn)
-            with turn.phases.measure("render"):
-                object_tokens = turn.object.n_tokens if turn.object is not None else None
-                built, rules = await self._rendering.request(
-                    turn.tenant, request, object_tokens, n_ctx, max_tokens_cut=turn.max_tokens_cut
-                )
-            if request.thinking and not built.reasoning:
-                message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
-                raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
-            with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
-                finished = await self._answer(turn, request, built, rules, look)
-            await self._renew_object(turn)
+            async with self._billing.enter(turn.facts()) as bill:
+                finished = await self._billed(turn, bill)
+        return finished
+
+    async def _billed(self, turn: Turn, bill: Bill) -> Finished:
+        n_ctx = ready_model(self._engine).n_ctx
+        request = await self._prepared(turn)
+        if request.cache is not None and request.cache.dry_run:
+            return _dry_run(turn)
+        with turn.phases.measure("render"):
+            object_tokens = turn.object.n_tokens if turn.object is not None else None
+            built, rules = await self._rendering.request(
+                turn.tenant, request, object_tokens, n_ctx, max_tokens_cut=turn.max_tokens_cut
+            )
+        if request.thinking and not built.reasoning:
+            message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
+            raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
+        with turn.phases.measure("reserve"):
+            await self._billing.reserve(bill, built.prompt.n_tokens, rules.max_tokens, object_tokens or 0)
+        with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
+            finished = await self._answer(turn, request, built, rules, look, bill)
+        await self._renew_object(turn)
         self._offer_settling(turn, request)
+        bill.finished(finished.usage)
         return finished
 
     async def _prepared(self, turn: Turn) -> ChatRequest:
@@ -262,24 +298,24 @@ class Turns:
         )
 
     async def _answer(
-        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, look: Look
+        self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, look: Look, bill: Bill
     ) -> Finished:  # fmt: skip
         """All choices at once: the engine computes what they share once, and the others wait for it."""
         choices = Choices(request.n)
         if request.n == 1:
-            await self._run_choice(turn, request, built, rules, look, choices, 0)
+            await self._run_choice(turn, request, built, rules, look, choices, bill, 0)
             return choices.finished()
         try:
             async with asyncio.TaskGroup() as runs:
                 for choice in range(request.n):
-                    runs.create_task(self._run_choice(turn, request, built, rules, look, choices, choice))
+                    runs.create_task(self._run_choice(turn, request, built, rules, look, choices, bill, choice))
         except BaseExceptionGroup as group:
             raise _first(group) from group
         return choices.finished()
 
     async def _run_choice(
         self, turn: Turn, request: ChatRequest, built: Built, rules: OutputRules, look: Look, choices: Choices,
-        choice: int,
+        bill: Bill, choice: int,
     ) -> None:  # fmt: skip
         run_id, request = _choice_of(turn, request, choice)
         async with AsyncExitStack() as held:
@@ -295,8 +331,11 @@ class Turns:
                 uses_object=turn.object is not None,
                 chosen=look.chosen,
             )
-            events = await held.enter_async_context(closing(self._engine.run(plan)))
+            counts = bill.counts()
+            events = await held.enter_async_context(closing(self._engine.run(plan, counts)))
             async for event in events:
+                if isinstance(event, Finished | Failed):
+                    counts.set_result(event.usage)
                 if isinstance(event, Failed):
                     raise RunFailed(event)
                 for merged in choices.feed(choice, event):

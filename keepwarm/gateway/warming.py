@@ -22,12 +22,15 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from keepwarm.cache.objects import Objects
 from keepwarm.cache.planner import plan_object
 from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Failed, Finished
 from keepwarm.engine import Engine, EngineState
+from keepwarm.gateway.object_billing import ObjectBilling
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.stream import closing, internal_error
@@ -67,6 +70,7 @@ class Warming:
         rendering: Rendering,
         engine: EpochEngine,
         warmup: WarmUp,
+        billing: ObjectBilling,
         runtime: Runtime,
         *,
         is_durable: bool,
@@ -76,6 +80,7 @@ class Warming:
         self._rendering = rendering
         self._engine = engine
         self._warmup = warmup
+        self._billing = billing
         self._is_durable = is_durable
         self._clock = runtime.clock
         self._ids = runtime.ids
@@ -226,14 +231,21 @@ class Warming:
             self._log.info("lease repaired", object_id=obj.id, tenant=obj.tenant, n_tokens=n_tokens)
             return True
         if failure is None:
+            # Charged first: a server that dies in between computes it again, and finds that this life is paid.
+            await self._billing.ready(replace(obj, n_tokens=n_tokens))
             settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
         else:
             settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message)
+        if failure is not None or (settled is None and await self._is_gone(obj)):
+            await self._billing.deleted(obj.id)
         if settled is not None:  # a stale one is computed again, or is gone and will be dropped
             self._tell(obj.id, failure)
         status = settled.status.value if settled is not None else "stale"
         self._log.info("cache object settled", object_id=obj.id, tenant=obj.tenant, status=status, n_tokens=n_tokens)
         return True
+
+    async def _is_gone(self, obj: CacheObject) -> bool:
+        return await self._objects.get(obj.tenant, obj.id, obj.dialect) is None
 
     def _tell(self, object_id: str, failure: Failed | None) -> None:
         """Tell the call that waits for this object, if one does, that it is no longer pending."""

@@ -8,15 +8,18 @@ from typing import Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
+from blake3 import blake3
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from keepwarm import __version__
+from keepwarm.billing.act import Repeat
 from keepwarm.config import Config
 from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import Page
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Finished
+from keepwarm.core.principal import allowed_names, check_allowed
 from keepwarm.dialects import CacheReport, ChatDialect, Identity, Parsed, Renderer
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.caching import KimiCaching
@@ -33,10 +36,11 @@ from keepwarm.gateway.models import ServedModels
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.turn import Turn, Turns
 from keepwarm.gateway.window import served_model
-from keepwarm.server.exchange import EVENT_STREAM_TYPE, KEEPALIVE, Exchange, Headers, encoded
+from keepwarm.server.exchange import EVENT_STREAM_TYPE, IDEMPOTENCY_HEADER, KEEPALIVE, Exchange, Headers, encoded
 
 QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
 CACHE_HEADER = "x-keepwarm-cache"  # on every answer of a turn
+IDEMPOTENCY_CHARS_MAX = 255  # as Stripe has it, whose header this is
 TIMINGS_HEADER = "x-keepwarm-timings"  # "1" asks for the milliseconds of every phase with the answer
 
 Call = Callable[[Exchange], Awaitable[None]]
@@ -100,11 +104,12 @@ class ChatCalls:
         async with (
             services.turns.open(
                 exchange.turn_id,
-                exchange.tenant,
+                exchange.principal,
                 parsed.request,
                 exchange.phases,
                 dialect=self._dialect.name,
                 max_tokens_cut=parsed.max_tokens_cut,
+                repeat=repeat_of(exchange),
             ) as turn,
             _cancelled_on_disconnect(exchange, turn, services.runtime.tasks),
         ):
@@ -113,6 +118,9 @@ class ChatCalls:
                     await self._stream(exchange, turn, renderer, stream_type)
                 else:
                     await self._whole(exchange, turn, renderer)
+            except ApiError:
+                exchange.error_headers = await self._limit_headers(exchange)
+                raise
             finally:
                 _log_outcome(exchange, turn)
 
@@ -121,7 +129,8 @@ class ChatCalls:
         silence_s = self._services.config.limits.sse_comment_s
         keepalive = KEEPALIVE if self._dialect.keepalive is None else encoded(self._dialect.keepalive)
         await turn.stream.begin()
-        await exchange.begin_events(self._cache_headers(turn), stream_type)
+        headers = [*self._cache_headers(turn), *await self._limit_headers(exchange)]
+        await exchange.begin_events(headers, stream_type)
         more = True
         while more:
             events = await turn.stream.batch(silence_s)
@@ -141,10 +150,13 @@ class ChatCalls:
                 renderer.feed(event)
         if turn.stream.error is not None:
             raise turn.stream.error
-        headers = list(self._cache_headers(turn))
+        headers = [*self._cache_headers(turn), *await self._limit_headers(exchange)]
         if exchange.headers.get(TIMINGS_HEADER) == "1":
             headers.append((TIMINGS_HEADER, _timings(turn).decode()))
         await exchange.reply(renderer.whole(), headers=headers)
+
+    async def _limit_headers(self, exchange: Exchange) -> Headers:
+        return self._dialect.limit_headers(await self._services.turns.limits(exchange.principal))
 
     @property
     def _takes_comments(self) -> bool:
@@ -164,11 +176,16 @@ class ChatCalls:
     async def models(self, exchange: Exchange) -> None:
         """GET /models."""
         services = self._services
-        await exchange.reply(self._dialect.render_models(services.models.names, services.created_at, self._n_ctx()))
+        await exchange.reply(
+            self._dialect.render_models(
+                allowed_names(exchange.principal, services.models.names), services.created_at, self._n_ctx()
+            )
+        )
 
     async def model(self, exchange: Exchange) -> None:
         """GET /models/{model}."""
         name = exchange.path_params["model"]
+        check_allowed(exchange.principal, name)
         self._services.models.resolve(name)
         await exchange.reply(self._dialect.render_model(name, self._services.created_at, self._n_ctx()))
 
@@ -187,7 +204,7 @@ class MessagesCalls(ChatCalls):
     async def count_tokens(self, exchange: Exchange) -> None:
         """POST /messages/count_tokens."""
         request = self._messages.parse_count(exchange.headers, await exchange.body())
-        n_tokens, _ = await self._services.turns.count_tokens(exchange.tenant, request, exchange.phases)
+        n_tokens, _ = await self._services.turns.count_tokens(exchange.principal, request, exchange.phases)
         await exchange.reply(self._messages.render_token_count(n_tokens))
 
 
@@ -201,7 +218,7 @@ class EstimateCalls:
     async def estimate(self, exchange: Exchange) -> None:
         """POST /tokenizers/estimate-token-count."""
         parsed = self._dialect.parse_chat(exchange.headers, await exchange.body())
-        n_tokens, _ = await self._services.turns.count_tokens(exchange.tenant, parsed.request, exchange.phases)
+        n_tokens, _ = await self._services.turns.count_tokens(exchange.principal, parsed.request, exchange.phases)
         await exchange.reply(self._dialect.render_token_estimate(n_tokens))
 
 
@@ -216,7 +233,7 @@ class CachingCalls:
     async def create(self, exchange: Exchange) -> None:
         """POST /caching."""
         new = self._dialect.parse_create(await exchange.body())
-        obj = await self._caching.create(exchange.tenant, new)
+        obj = await self._caching.create(exchange.principal, new)
         exchange.log_fields["object_id"] = obj.id
         await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
 
@@ -350,6 +367,20 @@ def cache_header(lookup: CacheLookup) -> str:
     if lookup.cause is not None:
         fields.append(f"cause={lookup.cause.value}")
     return "; ".join(fields)
+
+
+def repeat_of(exchange: Exchange) -> Repeat | None:
+    """What tells a client's retry of a request from another one: the header Idempotency-Key, as digests.
+
+    Raises ApiError(INVALID_REQUEST) for a key that is too long.
+    """
+    key = exchange.headers.get(IDEMPOTENCY_HEADER, "")
+    if not key:
+        return None
+    if len(key) > IDEMPOTENCY_CHARS_MAX:
+        message = f"Idempotency-Key has {len(key)} characters, limit {IDEMPOTENCY_CHARS_MAX}"
+        raise ApiError(ErrorKind.INVALID_REQUEST, message, param=IDEMPOTENCY_HEADER)
+    return Repeat(blake3(key.encode("latin-1")).digest(), exchange.body_digest)
 
 
 def _log_outcome(exchange: Exchange, turn: Turn) -> None:

@@ -5,8 +5,10 @@ the last frame of the stream.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from typing import TypeVar
 
+from blake3 import blake3
 from starlette.types import Message, Receive, Scope, Send
 
 from keepwarm.config import Limits
@@ -18,8 +20,10 @@ from keepwarm.gateway.phases import Phases
 JSON_TYPE = "application/json"
 EVENT_STREAM_TYPE = "text/event-stream; charset=utf-8"
 KEEPALIVE = b": keepalive\n\n"  # a comment: clients skip it, proxies see a live connection
+IDEMPOTENCY_HEADER = "idempotency-key"
 PACE_BYTES = 1 << 20  # of an upload, within `body_read_s_max`: 17 kB/s, as slow as a modem
 
+T = TypeVar("T")
 Headers = Sequence[tuple[str, str]]
 CLOSE: Headers = (("connection", "close"),)  # the rest of the request is not going to be read
 
@@ -32,6 +36,8 @@ class Exchange:
         "_principal",
         "_receive",
         "_send",
+        "body_digest",
+        "error_headers",
         "headers",
         "log_fields",
         "method",
@@ -61,6 +67,8 @@ class Exchange:
         self.query_string: bytes = scope["query_string"]
         self.tenant = ""  # where what is cached for the caller is; "" before he is known
         self._principal: Principal | None = None
+        self.error_headers: Headers = ()  # beside those of the error itself, if there is one
+        self.body_digest = b""  # of path and body, where the client means to repeat the request
         self.status: int | None = None  # of the response once it has begun
         self.log_fields: dict[str, str | int | float] = {}
 
@@ -90,7 +98,7 @@ class Exchange:
                     if n_bytes > limits.body_bytes_max:
                         raise _too_large(n_bytes, limits.body_bytes_max)
                     if not message.get("more_body", False):
-                        return b"".join(chunks)
+                        return self._digested(b"".join(chunks))
         except TimeoutError as exc:
             message_text = f"the request body did not arrive within {limits.body_read_s_max:g} s"
             raise ApiError(ErrorKind.TIMEOUT, message_text) from exc
@@ -132,6 +140,25 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
+    async def unless_gone(self, work: Awaitable[T]) -> T:
+        """What `work` returns or raises; a client that goes away cancels it. Only after `body`.
+
+        Raises ApiError(CLIENT_CLOSED), when `work` has cleaned up.
+        """
+
+        async def watch() -> None:
+            await self.disconnected()
+            raise ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watcher = tasks.create_task(watch())
+                result = await work
+                watcher.cancel()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return result
+
     async def reply(
         self, body: bytes, *, status: int = 200, headers: Headers = (), content_type: str = JSON_TYPE
     ) -> None:
@@ -149,6 +176,11 @@ class Exchange:
 
     async def write_events(self, data: bytes, *, more: bool) -> None:
         await self._write(data, more=more)
+
+    def _digested(self, body: bytes) -> bytes:
+        if IDEMPOTENCY_HEADER in self.headers:
+            self.body_digest = blake3(body, key=blake3(self.path.encode()).digest()).digest()
+        return body
 
     def _check_announced(self, bytes_max: int) -> None:
         announced = self.headers.get("content-length", "")

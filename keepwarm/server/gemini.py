@@ -5,7 +5,7 @@ The model is in the path and says what is to be done behind a colon; a stream is
 
 from msgspec.structs import replace
 
-from keepwarm.core.principal import Access
+from keepwarm.core.principal import Access, allowed_names
 from keepwarm.core.request import ObjectDialect
 from keepwarm.dialects import WireBounds
 from keepwarm.dialects.gemini import GeminiContent, stream_shape
@@ -59,13 +59,13 @@ class GenerateCalls(ChatCalls):
     async def count_tokens(self, exchange: Exchange) -> None:
         """POST /models/{model}:countTokens."""
         request = self._gemini.parse_count_tokens(exchange.path_params["model"], await exchange.body())
-        n_tokens, n_cached = await self._services.turns.count_tokens(exchange.tenant, request, exchange.phases)
+        n_tokens, n_cached = await self._services.turns.count_tokens(exchange.principal, request, exchange.phases)
         await exchange.reply(self._gemini.render_token_count(n_tokens, n_cached))
 
     async def models(self, exchange: Exchange) -> None:
         """GET /models, page by page."""
         services, page = self._services, parse_models_page(query(exchange))
-        names = services.models.names
+        names = allowed_names(exchange.principal, services.models.names)
         await exchange.reply(self._gemini.render_models(names, services.created_at, self._n_ctx(), page))
 
 
@@ -77,8 +77,9 @@ class CachedContentCalls:
         self._dialect = dialect
 
     async def create(self, exchange: Exchange) -> None:
-        """POST /cachedContents: answers when it is computed and durable."""
-        obj = await self._caching.create_ready(exchange.tenant, self._dialect.parse_create(await exchange.body()))
+        """POST /cachedContents: answers when it is computed and durable; a client that leaves before leaves nothing."""
+        new = self._dialect.parse_create(await exchange.body())
+        obj = await exchange.unless_gone(self._caching.create_ready(exchange.principal, new))
         exchange.log_fields["object_id"] = obj.id
         await exchange.reply(self._dialect.render_object(obj))
 

@@ -428,7 +428,8 @@ class PathCalls:
             exchange.log_fields["error"] = error.kind.value
             if exchange.status is None:
                 allow = [("allow", ", ".join(self._operations))] if error.kind is ErrorKind.METHOD_NOT_ALLOWED else []
-                await exchange.reply_error(self._dialect.render_error(error, turn_id), allow)
+                reply = self._dialect.render_error(error, turn_id)
+                await exchange.reply_error(reply, [*allow, *exchange.error_headers])
         if self._path != "/health":
             self._log(exchange, scope["method"], (runtime.clock.monotonic() - began) * 1000)
 

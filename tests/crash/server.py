@@ -85,7 +85,7 @@ class TestedServer:
         with socket.create_server((HOST, 0)) as probe:
             port: int = probe.getsockname()[1]
         command = [sys.executable, "-m", "keepwarm", "serve", "--dev", "--config", str(self._config_path)]
-        command += ["--host", HOST, "--port", str(port), "--data-dir", str(self.data_dir)]
+        command += ["--host", HOST, "--port", str(port), "--data-dir", str(self.data_dir), "--database-url", ""]
         with self.log.open("ab") as out:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

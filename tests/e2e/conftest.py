@@ -112,7 +112,7 @@ def launch(folder, config, data_dir, *, dev=True):
     path.write_text(config)
     port, log = free_port(), folder / f"server-{time.monotonic_ns()}.log"
     command = [sys.executable, "-m", "keepwarm", "serve", "--config", str(path), "--port", str(port)]
-    command += ["--data-dir", str(data_dir)] + (["--dev"] if dev else [])
+    command += ["--data-dir", str(data_dir), "--database-url", ""] + (["--dev"] if dev else [])
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return Server(process, f"http://127.0.0.1:{port}", log)

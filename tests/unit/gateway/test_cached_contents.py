@@ -29,7 +29,7 @@ from keepwarm.gateway.auth import DevAuth
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.phases import Phases
 from tests.engines import says
-from tests.world import CONFIG, DURABLE, World, until, world
+from tests.world import CONFIG, DURABLE, World, developer, until, world
 
 pytestmark = pytest.mark.anyio
 
@@ -60,7 +60,7 @@ def content(*parts: Part, **members: Any) -> NewObject:
 
 
 async def made(server: World, *parts: Part, key: str = "k1", **members: Any) -> CacheObject:
-    return await caching(server).create_ready(await tenant(key), content(*parts, **members))
+    return await caching(server).create_ready(developer(await tenant(key)), content(*parts, **members))
 
 
 async def generate(server: World, cached: CacheObject, *, key: str = "k1", model: str = "small") -> Plan:
@@ -68,7 +68,7 @@ async def generate(server: World, cached: CacheObject, *, key: str = "k1", model
     request = ChatRequest(model, (QUESTION,), cache=CacheUse(object_id=cached.id, dialect="gemini"))
     turn_id = f"gen-{len(server.engine.plans)}"
     turns, owner = server.running.turns, await tenant(key)
-    async with turns.open(turn_id, owner, request, Phases(server.clock), dialect="gemini") as turn:
+    async with turns.open(turn_id, developer(owner), request, Phases(server.clock), dialect="gemini") as turn:
         while not turn.stream.is_read:
             await turn.stream.batch(None)
         if turn.stream.error is not None:
@@ -537,3 +537,36 @@ async def test_the_whole_story_over_http(server: World) -> None:
     )
     assert status == 400
     assert refused["error"]["message"].startswith("Cached content is too small. total_token_count=")
+
+
+BODY = {"model": "models/small", "contents": [{"role": "user", "parts": [{"text": "x" * 1100}]}]}
+
+
+async def test_a_client_that_leaves_while_it_is_made_leaves_nothing(server: World) -> None:
+    steps = asyncio.Semaphore(1)
+    server.engine.gate = steps.acquire
+    call = server.call("POST", "/v1beta/cachedContents", BODY, key=None, headers={"x-goog-api-key": "k1"})
+    await until(lambda: bool(server.engine.running))
+    call.disconnect()
+    await call.task
+    assert await everyones(server) == []
+    assert server.running.turns.n_turns == 0
+    for _ in range(10):
+        steps.release()
+    await until(lambda: server.engine.is_clean)
+    await server.running.warming.tick()
+    assert server.engine.pins == set()
+
+
+@pytest.mark.parametrize("n_steps", range(0, 40, 3))
+async def test_whenever_a_client_leaves_there_is_an_object_if_it_was_told_so(server: World, n_steps: int) -> None:
+    call = server.call("POST", "/v1beta/cachedContents", BODY, key=None, headers={"x-goog-api-key": "k1"})
+    for step in range(n_steps):
+        await asyncio.sleep(0.0003 if step % 3 == 0 else 0)  # the database's thread needs time, too
+    call.disconnect()
+    answer = await call.answer()
+    await until(lambda: server.engine.is_clean)
+    await server.running.warming.tick()
+    left = await everyones(server)
+    assert len(left) == (answer.status == 200)
+    assert server.engine.pins == {obj.id for obj in left}

@@ -1,0 +1,386 @@
+"""Limits and money through HTTP: the worked examples to the last nano, refusals, disconnects, repeats, cache objects."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from msgspec.structs import replace
+
+from keepwarm.billing.budget import Budget, Period, Scope
+from keepwarm.config import BillingConfig, ModelConfig
+from keepwarm.core.clock import RandomIds
+from keepwarm.core.errors import ErrorKind
+from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, TextDelta, Usage
+from keepwarm.core.identity import NewKey, NewOrganisation
+from keepwarm.core.prompt import Plan
+from keepwarm.core.rate_limit import LimitOverrides
+from keepwarm.gateway.identities import Identities
+from keepwarm.tables import accounts, holds, ledger_rows
+from tests.engines import MODEL, StepEngine
+from tests.world import CONFIG, World, until, world
+
+NANO = 10**9
+HOUSE = """
+name = "house"
+version = "1"
+currency = "USD"
+effective_from = 2020-01-01
+source = "made for tests"
+[models.anthropic]
+terms = "anthropic@2026/standard"
+input = "3"
+output = "15"
+[models.gemini-pro]
+terms = "gemini@2026/2.5-pro"
+input = "1.25"
+output = "10"
+"""
+NAMES = {
+    "minimax": "minimax@2026/worked-example",
+    "kimi": "kimi@2024-07-01/moonshot-v1-8k",
+    "claude": "house@1/anthropic",
+    "gemini": "house@1/gemini-pro",
+}
+
+
+class Paid(msgspec.Struct):
+    """A world with an organisation, its key and its ledger."""
+
+    server: World
+    key: str
+
+    async def rows(self, *kinds: str) -> list[Any]:
+        query = sa.select(ledger_rows).order_by(ledger_rows.c.seq)
+        found = await self.server.storage.run(lambda connection: connection.execute(query).all())
+        return [row for row in found if not kinds or row.kind in kinds]
+
+    async def sums(self) -> Any:
+        return await self.server.storage.run(lambda connection: connection.execute(sa.select(accounts)).one())
+
+    async def holds(self) -> list[Any]:
+        return await self.server.storage.run(lambda connection: connection.execute(sa.select(holds)).all())
+
+    async def balanced(self) -> int:
+        """What was taken from the organisation; sums are those of the rows and nothing is held."""
+        rows, sums = await self.rows(), await self.sums()
+        assert sums.cash_nano == sum(row.cash_nano for row in rows)
+        assert sums.voucher_nano == sum(row.voucher_nano for row in rows)
+        assert sums.held_nano == sum(row.held_nano for row in rows) == 0
+        assert await self.holds() == []
+        return -sums.cash_nano - sums.voucher_nano
+
+    def ask(self, model: str, text: str, **fields: Any) -> Any:
+        return self.server.chat(text, key=self.key, model=model, **fields)
+
+
+@asynccontextmanager
+async def paid(
+    tmp_path: Path, *, prepaid: bool = False, limits: LimitOverrides | None = None, engine: StepEngine | None = None
+) -> AsyncIterator[Paid]:
+    sheets = tmp_path / "sheets"
+    sheets.mkdir(exist_ok=True)
+    (sheets / "house.toml").write_text(HOUSE)
+    config = replace(
+        CONFIG,
+        dev=False,
+        model=ModelConfig(name="small", aliases=tuple(NAMES), engine="scripted"),
+        cache=replace(CONFIG.cache, object_tokens_min=1, ttl_max_s=86_400),
+        billing=BillingConfig(sheets_dir=str(sheets), models=NAMES),
+    )
+    engine = engine or StepEngine()
+    engine.model = replace(MODEL, n_ctx=200_000)
+    async with world(tmp_path / "data", config=config, engine=engine) as server:
+        identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
+        if "acme" not in {organisation.id for organisation in await identities.organisations()}:
+            await identities.create_organisation(
+                NewOrganisation("acme", limits=limits or LimitOverrides(), is_prepaid=prepaid)
+            )
+        key, _ = await identities.create_key("acme", NewKey(RandomIds().new("k")), may_make_operators=True)
+        yield Paid(server, key)
+
+
+def used(usage: Usage, *texts: str) -> Any:
+    """A script whose counts are these."""
+
+    def script(plan: Plan) -> Sequence[Event]:
+        return [
+            Started(usage.prompt, usage.cache_read),
+            *(TextDelta(text) for text in texts),
+            ChoiceFinished("stop", usage.output),
+            Finished(usage),
+        ]
+
+    return script
+
+
+async def text_of(server: World, key: str, n_tokens: int, model: str) -> str:
+    """A user's message whose whole prompt has `n_tokens`."""
+    body = {"model": model, "messages": [{"role": "user", "content": "x" * 100}]}
+    counted = await server.request("POST", "/anthropic/v1/messages/count_tokens", body, key=key)
+    return "x" * (100 + n_tokens - counted.json()["input_tokens"])
+
+
+async def test_minimax_worked_example(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        text = await text_of(at.server, at.key, 50_000, "minimax")
+        at.server.engine.script = used(Usage(5_000, 45_000, 0, 1_000), "ok")
+        path = "/minimax/v1/chat/completions"
+        answer = await at.ask("minimax", text, path=path, max_tokens=1_000)
+        assert answer.status == 200
+        assert await at.balanced() == Decimal("0.135") * NANO
+        (row,) = await at.rows("settle")
+        assert row.uncached_nano == Decimal("0.54") * NANO
+        assert (row.n_fresh, row.n_read, row.n_write, row.n_output) == (5_000, 45_000, 0, 1_000)
+        assert (row.status, row.dialect, row.model, row.sheet) == ("finished", "minimax", "minimax", "minimax@2026")
+        (hold,) = await at.rows("hold")
+        assert hold.held_nano >= Decimal("0.54") * NANO  # all of it might have been fresh
+
+
+async def test_kimis_worked_example_of_an_object_for_ten_minutes_and_five_calls(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        server = at.server
+        trial = await server.create_cache("x" * 100, key=at.key, model="kimi", ttl=600)
+        made = await server.settled(trial["id"], key=at.key)
+        await server.request("DELETE", f"/v1/caching/{trial['id']}", key=at.key)
+        before = await at.balanced()
+        n_more = 100_000 - made["tokens"]
+        created = await server.create_cache("x" * (100 + n_more), key=at.key, model="kimi", ttl=600)
+        made = await server.settled(created["id"], key=at.key)
+        assert (made["tokens"], made["status"]) == (100_000, "ready")
+        for _ in range(5):
+            server.engine.script = used(Usage(0, 100_000, 0, 0), "")
+            body = {
+                "model": "kimi",
+                "messages": [{"role": "cache", "content": f"cache_id={made['id']}"}, {"role": "user", "content": "?"}],
+                "max_tokens": 1,
+            }
+            assert (await server.request("POST", "/v1/chat/completions", body, key=at.key)).status == 200
+        for _ in range(20):  # over its end, in ticks of half a minute and more
+            server.clock.advance(37.0)
+            await server.running.paying.tick()
+        by_kind = {kind: sum(row.cash_nano for row in await at.rows(kind)) for kind in ("settle",)}
+        assert by_kind["settle"] == -Decimal("0.1") * NANO
+        rows = [row for row in await at.rows("creation", "storage") if row.object_id == made["id"]]
+        assert sum(row.creation_nano for row in rows if row.kind == "creation") == Decimal("2.4") * NANO
+        assert sum(row.storage_nano for row in rows if row.kind == "storage") == 10 * NANO
+        assert await at.balanced() - before == Decimal("12.5") * NANO
+
+
+async def test_geminis_token_hours_and_discounted_reads(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        server = at.server
+        body = {
+            "model": "models/gemini",
+            "contents": [{"role": "user", "parts": [{"text": "x" * 9_000}]}],
+            "ttl": "5400s",
+        }
+        created = (await server.request("POST", "/v1beta/cachedContents", body, key=at.key)).json()
+        n_tokens = created["usageMetadata"]["totalTokenCount"]
+        server.engine.script = used(Usage(10, n_tokens, 0, 20), "ok")
+        ask = {"contents": [{"role": "user", "parts": [{"text": "?"}]}], "cachedContent": created["name"]}
+        path = "/v1beta/models/gemini:generateContent"
+        answer = await server.request("POST", path, ask, key=at.key)
+        assert answer.json()["usageMetadata"]["cachedContentTokenCount"] == n_tokens
+        server.clock.advance(1800.0)
+        await server.running.paying.tick()
+        server.clock.advance(7200.0)
+        await server.running.paying.tick()
+        million = 10**6
+        making = Decimal(n_tokens) * Decimal("1.25") / million
+        keeping = Decimal(n_tokens) * Decimal("4.5") / million * Decimal("1.5")
+        call = (10 * Decimal("1.25") + n_tokens * Decimal("0.125") + 20 * Decimal(10)) / million
+        parts = [round(amount * NANO) for amount in (making, keeping, call)]
+        assert abs(await at.balanced() - sum(parts)) <= 2  # classes are rounded one by one
+        assert sum(row.n_units for row in await at.rows("storage")) == 5400
+
+
+async def test_anthropics_writes_of_two_lifetimes_and_reads(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        usage = Usage(fresh=50, cache_read=100_000, cache_write=3_000, output=200, cache_write_long=1_000)
+        at.server.engine.script = used(usage, "ok")
+        text = await text_of(at.server, at.key, usage.prompt, "claude")
+        body = {"model": "claude", "max_tokens": 200, "messages": [{"role": "user", "content": text}]}
+        answer = await at.server.request("POST", "/anthropic/v1/messages", body, key=at.key)
+        told = answer.json()["usage"]
+        assert (
+            told["input_tokens"] + told["cache_read_input_tokens"] + told["cache_creation_input_tokens"] == usage.prompt
+        )
+        expected = 50 * 3_000 + 100_000 * 300 + 2_000 * 3_750 + 1_000 * 6_000 + 200 * 15_000
+        assert await at.balanced() == expected
+
+
+async def test_a_model_without_prices_is_recorded_and_costs_nothing(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        assert (await at.ask("small", "hello")).status == 200
+        (row,) = await at.rows()
+        assert (row.kind, row.sheet, row.currency, row.fresh_nano, row.cash_nano) == ("settle", None, None, None, 0)
+        assert row.n_output == 1
+
+
+async def test_a_prepaid_organisation_is_refused_before_the_engine_and_nothing_is_held(tmp_path: Path) -> None:
+    async with paid(tmp_path, prepaid=True) as at:
+        answer = await at.ask("kimi", "hello")
+        assert answer.status in (403, 429)
+        assert answer.json()["error"]["type"] == "exceeded_current_quota_error"
+        assert at.server.engine.plans == []
+        await at.server.running.ledger.grant("acme", "CNY", NANO)
+        assert (await at.ask("kimi", "hello", max_tokens=10)).status == 200
+        at.server.assert_clean()
+        assert await at.balanced() == (await at.rows("settle"))[0].fresh_nano + 12_000 - NANO
+
+
+async def test_parallel_turns_on_one_budget_never_pass_it(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        budget = Budget(Scope("acme"), "CNY", Period.MONTH, hard_nano=5 * 1_300_000)
+        await at.server.running.ledger.set_budget(budget)
+        answers = await asyncio.gather(*(at.ask("kimi", "hello", max_tokens=80) for _ in range(6)))
+        spent = await at.balanced()
+        assert spent <= 5 * 1_300_000
+        assert {answer.status for answer in answers} <= {200, 429, 403}
+        assert 200 in {answer.status for answer in answers}
+
+
+async def test_a_client_that_goes_away_pays_for_what_was_evaluated_and_produced(tmp_path: Path) -> None:
+    engine = StepEngine(used(Usage(90, 0, 0, 30), *"abcdef"))
+    async with paid(tmp_path, engine=engine) as at:
+        steps = asyncio.Semaphore(4)
+        engine.gate = steps.acquire
+        body = {"model": "kimi", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        call = at.server.call("POST", "/v1/chat/completions", body, key=at.key)
+        await call.until(b'"a"')
+        call.disconnect()
+        await call.task
+        await at.server.running.turns.drained()
+        (row,) = await at.rows("settle")
+        assert (row.status, row.n_fresh) == ("client_closed", 90)
+        assert 1 <= row.n_output < 30
+        assert await at.balanced() == (90 + row.n_output) * 12_000
+
+
+async def test_a_turn_that_never_began_gives_its_hold_back(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        at.server.engine.overloaded = True
+        assert (await at.ask("kimi", "hello")).status >= 400
+        assert [row.kind for row in await at.rows()] == ["hold", "release"]
+        assert await at.balanced() == 0
+
+
+async def test_a_turn_that_fails_pays_for_what_it_had_used(tmp_path: Path) -> None:
+    def script(plan: Plan) -> Sequence[Event]:
+        return [Started(90, 0), TextDelta("a"), Failed(ErrorKind.INTERNAL, "broken", Usage(90, 0, 0, 7))]
+
+    async with paid(tmp_path, engine=StepEngine(script)) as at:
+        assert (await at.ask("kimi", "hello")).status == 500
+        assert await at.balanced() == 97 * 12_000
+        assert (await at.rows("settle"))[0].status == "internal"
+
+
+async def test_choices_share_the_prompt_on_the_bill(tmp_path: Path) -> None:
+    async with paid(tmp_path, engine=StepEngine(used(Usage(90, 0, 0, 5), "a"))) as at:
+        assert (await at.ask("kimi", "hello", n=3, temperature=1.0)).status == 200
+        assert await at.balanced() == (90 + 15) * 12_000
+
+
+async def test_a_repeat_is_charged_once_and_another_body_is_refused(tmp_path: Path) -> None:
+    async with paid(tmp_path, engine=StepEngine(used(Usage(90, 0, 0, 5), "a"))) as at:
+        headers = {"idempotency-key": "order-66"}
+        assert (await at.ask("kimi", "hello", headers=headers)).status == 200
+        first = await at.balanced()
+        assert first == 95 * 12_000
+        assert (await at.ask("kimi", "hello", headers=headers)).status == 200
+        assert await at.balanced() == first
+        refused = await at.ask("kimi", "another", headers=headers)
+        assert refused.status == 400
+        assert "dempotency-Key" in refused.json()["error"]["message"]
+        assert (await at.ask("kimi", "another")).status == 200
+        assert await at.balanced() == 2 * first
+
+
+async def test_limits_are_told_on_answers_and_refusals(tmp_path: Path) -> None:
+    async with paid(tmp_path, limits=LimitOverrides(rpm=2, tpm=100_000)) as at:
+        answer = await at.ask("small", "hello", max_tokens=50)
+        assert answer.headers["x-ratelimit-limit-requests"] == "2"
+        assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) < 100_000
+        await at.ask("small", "hello", max_tokens=50)
+        body = {"model": "small", "max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]}
+        refused = await at.server.request("POST", "/anthropic/v1/messages", body, key=at.key)
+        assert refused.status == 429
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert refused.headers["anthropic-ratelimit-requests-remaining"] == "0"
+        assert int(refused.headers["retry-after"]) >= 1
+        refused = await at.ask("small", "hello")
+        assert refused.json()["error"]["type"] == "rate_limit_reached_error"
+        assert len(at.server.engine.plans) == 2
+
+
+async def test_tokens_that_were_not_used_are_given_back_to_the_minute(tmp_path: Path) -> None:
+    async with paid(tmp_path, limits=LimitOverrides(tpm=1_200), engine=StepEngine(used(Usage(90, 0, 0, 5), "a"))) as at:
+        for _ in range(4):  # each asks for 800 and more
+            answer = await at.ask("small", "hello", max_tokens=800)
+            assert answer.status == 200
+        assert (await at.ask("small", "hello", max_tokens=800)).status == 429
+
+
+async def test_an_object_that_cannot_be_made_costs_nothing(tmp_path: Path) -> None:
+    def script(plan: Plan) -> Sequence[Event]:
+        return [Failed(ErrorKind.OVERLOADED, "no room")]
+
+    async with paid(tmp_path, engine=StepEngine(script)) as at:
+        created = await at.server.create_cache("x" * 500, key=at.key, model="kimi")
+        assert (await at.server.settled(created["id"], key=at.key))["status"] == "error"
+        while await at.holds():  # noqa: ASYNC110 - given back right after the status can be seen
+            await asyncio.sleep(0)
+        assert await at.balanced() == 0
+        assert await at.rows("creation", "storage") == []
+
+
+async def test_an_object_made_ready_again_is_not_paid_again_and_its_meter_goes_on_over_a_restart(
+    tmp_path: Path,
+) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="kimi", ttl=600)
+        await at.server.request("PUT", f"/v1/caching/{made['id']}", {"metadata": {"a": "b"}}, key=at.key)
+        await at.server.settled(made["id"], key=at.key)
+        began = at.server.clock.now_s
+    async with paid(tmp_path) as at:
+        at.server.clock.now_s = began + 30.0
+        await until(lambda: bool(at.server.engine.pins))
+        await at.server.running.paying.tick()
+        at.server.clock.advance(600.0)
+        await at.server.running.paying.tick()
+        assert len(await at.rows("creation")) == 1
+        assert sum(row.storage_nano for row in await at.rows("storage")) == made["tokens"] * 10_000 * 10
+        assert sum(row.n_units for row in await at.rows("storage")) == 600
+
+
+async def test_a_deleted_object_is_paid_until_it_was_deleted(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="kimi", ttl=600)
+        at.server.clock.advance(61.0)
+        await at.server.request("DELETE", f"/v1/caching/{made['id']}", key=at.key)
+        at.server.clock.advance(600.0)
+        await at.server.running.paying.tick()
+        assert sum(row.storage_nano for row in await at.rows("storage")) == made["tokens"] * 10_000 * 2
+
+
+async def test_a_key_may_use_its_models_only(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        identities = Identities(at.server.storage, at.server.clock, RandomIds(), tiers={}, default_tier=None)
+        key, _ = await identities.create_key("acme", NewKey("few", models=("kimi",)), may_make_operators=False)
+        assert (await at.server.chat("hello", key=key, model="kimi")).status == 200
+        refused = await at.server.chat("hello", key=key, model="small")
+        assert refused.status == 403
+        assert "may use: kimi" in refused.json()["error"]["message"]
+        listed = (await at.server.request("GET", "/v1/models", key=key)).json()
+        assert [model["id"] for model in listed["data"]] == ["kimi"]
+        assert (await at.server.request("GET", "/v1/models/small", key=key)).status == 403
+        refused = await at.server.request(
+            "POST", "/v1/caching", {"model": "small", "messages": [{"role": "system", "content": "x"}]}, key=key
+        )
+        assert refused.status == 403
