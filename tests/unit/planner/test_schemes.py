@@ -79,23 +79,23 @@ def test_an_hour_is_paid_up_to_the_last_mark_for_an_hour_and_a_use_renews_it():
 
 
 def test_an_entry_keeps_its_longest_lifetime_until_it_is_over():
-    spots = (Spot(0, 10),)
+    spots = (Spot(0, 10), Spot(1, 20))
 
-    def at(at_s: float, place: str) -> Prompt:
-        return Prompt(at_s, 15, (), spots, {place: 0})
+    def at(at_s: float, *places: tuple[str, int]) -> Prompt:
+        return Prompt(at_s, 25, (), spots, dict(places))
 
-    marks = {"long": 3600, "short": 300}
-    times = (
-        (0.0, "long"),
-        (10.0, "short"),
-        (3000.0, "short"),
-        (6500.0, "short"),
-        (20000.0, "short"),
-        (21000.0, "short"),
-    )
-    usages = marked([at(at_s, place) for at_s, place in times], marks, tokens_min=1, lookback=20)
-    # Each use gives the hour again, whoever uses it; once it is over, what is written for five minutes has five minutes.
-    assert [usage.cache_read for usage in usages] == [0, 10, 10, 10, 0, 0]
+    prompts = [
+        at(0, ("long", 0)),
+        at(10, ("short", 0), ("end", 1)),
+        at(20, ("short", 0), ("end", 1)),  # the read is of the end; the entry in it keeps its hour
+        at(3000, ("short", 0)),
+        at(6500, ("short", 0)),
+        at(20000, ("short", 0)),  # its hour is over: from now on it has five minutes
+        at(20100, ("short", 0)),
+        at(21000, ("short", 0)),
+    ]
+    usages = marked(prompts, {"long": 3600, "short": 300, "end": 300}, tokens_min=1, lookback=20)
+    assert [usage.cache_read for usage in usages] == [0, 10, 20, 10, 10, 0, 10, 0]
 
 
 def test_a_mark_looks_back_a_bounded_number_of_blocks_of_the_request():
