@@ -42,12 +42,16 @@ class Allowance(Struct, frozen=True):
 
 
 class LimitState(Struct, frozen=True):
-    """What is left of an organisation's limits at the unix time `now`. None: not limited, or not known."""
+    """What is left of an organisation's limits at the unix time `now`. None: not limited, or not known.
+
+    `organisation` is None where there are none, with --dev.
+    """
 
     now: float
     requests: Allowance | None = None  # of a minute
     minute_tokens: Allowance | None = None
     day_tokens: Allowance | None = None
+    organisation: str | None = None
 
     @property
     def tokens(self) -> Allowance | None:

@@ -26,8 +26,12 @@ def openai_limit_headers(state: LimitState) -> Headers:
 
 
 def anthropic_limit_headers(state: LimitState) -> Headers:
-    """anthropic-ratelimit-…, with the time of a reset in RFC 3339. Input and output have no limits of their own here."""
-    return tuple(
+    """anthropic-ratelimit-…, with the time of a reset in RFC 3339. Input and output have no limits of their own here.
+
+    And anthropic-organization-id, which is told with them.
+    """
+    named = () if state.organisation is None else (("anthropic-organization-id", state.organisation),)
+    return named + tuple(
         header
         for what, left in _allowances(state)
         for header in (

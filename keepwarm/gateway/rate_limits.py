@@ -137,6 +137,7 @@ class RateLimits:
     async def state(self, principal: Principal) -> LimitState:
         """What is left of the limits of the caller's organisation. Where the store fails it is not known, so absent."""
         limits, now = self.limits(principal), self._clock.now()
+        organisation = principal.organisation if principal.is_billed else None
         windows = self._token_windows(principal.organisation, limits)
         if limits.rpm is not None:
             windows = (self._window("rpm", RateLimitItemPerMinute(limits.rpm), principal.organisation), *windows)
@@ -146,8 +147,8 @@ class RateLimits:
                 remaining = max(window.item.amount - await self._used(window), 0)
                 left[window.names[0]] = Allowance(window.item.amount, remaining, max(window.ends_at - now, 0.0))
         except ApiError:
-            return LimitState(now)
-        return LimitState(now, requests=left.get("rpm"), minute_tokens=left.get("tpm"), day_tokens=left.get("tpd"))
+            return LimitState(now, organisation=organisation)
+        return LimitState(now, left.get("rpm"), left.get("tpm"), left.get("tpd"), organisation)
 
     def check_integrity(self) -> None:
         """Assert that no place is counted that nobody has."""

@@ -203,7 +203,7 @@ class Limiting(RuleBasedStateMachine):
                 if (limit := getattr(limits, kind)) is not None
             }
             told = self.run(self.rates.state(principal(organisation)))
-            assert told == LimitState(now, left.get("rpm"), left.get("tpm"), left.get("tpd"))
+            assert told == LimitState(now, left.get("rpm"), left.get("tpm"), left.get("tpd"), organisation)
 
     @invariant()
     def places_are_those_of_the_turns_inside(self) -> None:

@@ -313,6 +313,7 @@ async def test_limits_are_told_on_answers_and_refusals(tmp_path: Path) -> None:
         assert refused.status == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert refused.headers["anthropic-ratelimit-requests-remaining"] == "0"
+        assert refused.headers["anthropic-organization-id"] == "acme"
         assert int(refused.headers["retry-after"]) >= 1
         refused = await at.ask("small", "hello")
         assert refused.json()["error"]["type"] == "rate_limit_reached_error"

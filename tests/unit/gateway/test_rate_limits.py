@@ -74,7 +74,7 @@ async def test_without_limits_nothing_is_refused_and_nothing_told(rates: RateLim
         for _ in range(2000):
             ticket = await inside.enter_async_context(rates.enter(ACME))
             await rates.admit(ticket, 10**9)
-    assert await rates.state(ACME) == LimitState(clock.now())
+    assert await rates.state(ACME) == LimitState(clock.now(), organisation="acme")
 
 
 async def test_with_dev_keys_nothing_is_limited_even_with_a_default_tier(clock: FakeClock) -> None:
@@ -253,7 +253,11 @@ async def test_what_is_left_with_the_time_it_comes_back(rates: RateLimits, clock
     clock.advance(15)
     await begin(rates, acme, 40)
     assert await rates.state(acme) == LimitState(
-        clock.now(), Allowance(3, 2, 45.0), Allowance(100, 60, 45.0), Allowance(1000, 960, DAY_S / 2 - 15)
+        clock.now(),
+        Allowance(3, 2, 45.0),
+        Allowance(100, 60, 45.0),
+        Allowance(1000, 960, DAY_S / 2 - 15),
+        "acme",
     )
 
 
@@ -278,7 +282,7 @@ async def test_a_store_that_fails_refuses_turns_and_ends_none(clock: FakeClock) 
         rates._counters.incr = broken  # type: ignore[method-assign, assignment]
         error = await refused(rates, acme)
         assert (error.kind, error.retry_after_s) == (ErrorKind.OVERLOADED, 1)
-        assert await rates.state(acme) == LimitState(clock.now())
+        assert await rates.state(acme) == LimitState(clock.now(), organisation="acme")
         await rates.correct(ticket, 0)
     assert lines and all(line["event"] == "rate limits' store failed" for line in lines)
     assert "address" not in str(lines)
