@@ -56,7 +56,7 @@ def verify(config: ConfigFile = None, data_dir: DataDir = None, database_url: Da
         Path(settings.data_dir), lambda storage: _verified(storage, book), database_url=settings.database_url
     )
     if n_faults:
-        fail(f"{n_faults:,} faults in {n_counted:,} rows")
+        fail(f"faults: {n_faults:,}; rows counted: {n_counted:,}")
     typer.echo(f"{n_counted:,} rows: everything adds up")
 
 
