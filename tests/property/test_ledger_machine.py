@@ -12,8 +12,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
+import sqlalchemy as sa
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from keepwarm.billing.act import Repeat
 from keepwarm.billing.books import ATTEMPTS_MAX, REPEAT_S
@@ -22,6 +23,7 @@ from keepwarm.billing.ledger import Balance, Ledger
 from keepwarm.billing.row import Payer
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.storage import Storage, database_path
+from keepwarm.tables import vouchers
 from tests.ledgers import HOLD_S, check_sums, hold_of, settlement_of
 from tests.world import CountingIds, FakeClock
 
@@ -35,8 +37,10 @@ BUDGETS = [
     Budget(Scope("b", key_id=2), "CNY", Period.MONTH, hard_nano=70),
 ]
 amounts = st.integers(0, 40)
+pauses = st.sampled_from([0.0, 0.0, 60.0])  # vouchers end within a rule, before anything but use has looked at them
 payers = st.sampled_from(PAYERS)
-repeats = st.sampled_from([None, None, (1, 1), (1, 2), (2, 1)]).map(
+organisations = st.sampled_from(["a", "b"])
+repeats = st.sampled_from([None, None, None, (1, 1), (1, 1), (1, 2), (2, 1)]).map(
     lambda pair: None if pair is None else Repeat(bytes([pair[0]]), bytes([pair[1]]))
 )
 
@@ -59,6 +63,7 @@ class Turn:
 class Coin:
     """A voucher."""
 
+    id: str
     organisation: str
     left: int
     number: int
@@ -134,6 +139,10 @@ class Twin:
         self.cash.append((organisation, -amount))
 
 
+async def together(calls: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
 @cache
 def new_database() -> bytes:
     """The file of an empty database: making the tables takes longer than an example."""
@@ -157,7 +166,6 @@ class Keeping(RuleBasedStateMachine):
         self.ids = CountingIds()
         self.twin = Twin()
         self.n = 0
-        self.last_touch: dict[tuple[str, bytes], float] = {}
         self.start()
 
     def start(self) -> None:
@@ -178,67 +186,60 @@ class Keeping(RuleBasedStateMachine):
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(coroutine)
 
-    def refused(self, coroutine: Coroutine[Any, Any, Any]) -> ErrorKind | None:
-        try:
-            self.run(coroutine)
-        except ApiError as error:
-            return error.kind
-        return None
-
     @initialize()
-    def budget_of_each_kind(self) -> None:
+    def first_budget(self) -> None:
         self.set_budget(BUDGETS[0])
 
-    @rule(budget=st.sampled_from(BUDGETS))
-    def set_budget(self, budget: Budget) -> None:
-        self.run(self.ledger.set_budget(budget))
-        self.twin.budgets[budget.scope.text, budget.period] = budget
+    @rule(budget=st.sampled_from(BUDGETS), is_wanted=st.sampled_from([True, True, False]))
+    def set_budget(self, budget: Budget, is_wanted: bool = True) -> None:
+        key = (budget.scope.text, budget.period)
+        if is_wanted:
+            self.run(self.ledger.set_budget(budget))
+            self.twin.budgets[key] = budget
+        else:
+            removed = self.run(self.ledger.remove_budget(budget))
+            assert removed == (self.twin.budgets.pop(key, None) is not None)
 
-    @rule(budget=st.sampled_from(BUDGETS))
-    def remove_budget(self, budget: Budget) -> None:
-        removed = self.run(self.ledger.remove_budget(budget))
-        assert removed == (self.twin.budgets.pop((budget.scope.text, budget.period), None) is not None)
-
-    @rule(organisation=st.sampled_from(["a", "b"]), amount=st.integers(1, 60))
-    def grant(self, organisation: str, amount: int) -> None:
-        self.run(self.ledger.grant(organisation, "CNY", amount))
+    @rule(organisation=organisations, amount=st.integers(-20, 60))
+    def cash(self, organisation: str, amount: int) -> None:
+        if amount > 0:
+            self.run(self.ledger.grant(organisation, "CNY", amount))
+        else:
+            self.run(self.ledger.adjust(organisation, "CNY", amount, "note"))
         self.twin.cash.append((organisation, amount))
 
-    @rule(organisation=st.sampled_from(["a", "b"]), amount=st.integers(-20, 20))
-    def adjust(self, organisation: str, amount: int) -> None:
-        self.run(self.ledger.adjust(organisation, "CNY", amount, "note"))
-        self.twin.cash.append((organisation, amount))
+    @rule(organisation=organisations, amounts=st.lists(st.integers(1, 30), min_size=1, max_size=3), data=st.data())
+    def vouchers(self, organisation: str, amounts: list[int], data: st.DataObject) -> None:
+        for amount in amounts:
+            lives_s = data.draw(st.sampled_from([None, 50, 90, 400]))
+            expires_at = None if lives_s is None else self.clock.now() + lives_s
+            voucher_id = self.run(self.ledger.grant_voucher(organisation, "CNY", amount, expires_at))
+            self.twin.coins.append(Coin(voucher_id, organisation, amount, len(self.twin.coins), expires_at))
 
     @rule(
-        organisation=st.sampled_from(["a", "b"]),
-        amount=st.integers(1, 40),
-        lives_s=st.sampled_from([None, 50, 90, 90, 400]),
+        target=turns,
+        wanted=st.lists(st.tuples(payers, amounts, st.booleans(), repeats), min_size=1, max_size=5),
+        after_s=pauses,
     )
-    def voucher(self, organisation: str, amount: int, lives_s: int | None) -> None:
-        expires_at = None if lives_s is None else self.clock.now() + lives_s
-        self.run(self.ledger.grant_voucher(organisation, "CNY", amount, expires_at))
-        self.twin.coins.append(Coin(organisation, amount, len(self.twin.coins), expires_at))
-
-    @rule(target=turns, payer=payers, amount=amounts, is_prepaid=st.booleans(), repeat=repeats)
-    def hold(self, payer: Payer, amount: int, is_prepaid: bool, repeat: Repeat | None) -> Turn:
+    def hold(self, wanted: list[tuple[Payer, int, bool, Repeat | None]], after_s: float) -> MultipleResults[Turn]:
+        """All at once, so that they are one group."""
+        self.clock.advance(after_s)
         now = self.clock.now()
-        self.n += 1
-        act = hold_of(f"t{self.n}", amount, payer=payer, is_prepaid=is_prepaid, repeat=repeat)
         self.twin.lapse(now)
-        expected, held = self.expected(payer, amount, is_prepaid, repeat, now)
-        found = self.refused(self.ledger.hold(act))
-        assert found is expected
-        turn = Turn(act.turn_id, payer, repeat, now, held, touched_at=now)
-        if found is not None:
-            turn.is_open, turn.repeat = False, None
-            turn.held = 0
-            turn.is_settled = True  # nothing more comes of it
-            return turn
-        if is_prepaid:
-            cash, coins, before = self.twin.balance(payer.organisation)
-            assert cash + coins - before - held >= 0
-        self.twin.turns.append(turn)
-        return turn
+        acts, expected, begun = [], [], []
+        for payer, amount, is_prepaid, repeat in wanted:
+            self.n += 1
+            acts.append(hold_of(f"t{self.n}", amount, payer=payer, is_prepaid=is_prepaid, repeat=repeat))
+            refusal, held = self.expected(payer, amount, is_prepaid, repeat, now)
+            expected.append(refusal)
+            if refusal is None:
+                begun.append(Turn(f"t{self.n}", payer, repeat, now, held, touched_at=now))
+                self.twin.turns.append(begun[-1])
+                cash, coins, all_held = self.twin.balance(payer.organisation)
+                assert not is_prepaid or cash + coins - all_held >= 0
+        found = self.run(together([self.ledger.hold(act) for act in acts]))
+        assert [one.kind if isinstance(one, ApiError) else None for one in found] == expected
+        return multiple(*begun)
 
     def expected(
         self, payer: Payer, amount: int, is_prepaid: bool, repeat: Repeat | None, now: float
@@ -264,28 +265,28 @@ class Keeping(RuleBasedStateMachine):
                     return ErrorKind.QUOTA_EXCEEDED, 0
         return None, amount
 
-    @rule(turn=turns, cost=amounts, times=st.integers(1, 2))
-    def settle(self, turn: Turn, cost: int, times: int) -> None:
-        if turn not in self.twin.turns:
-            return
+    @rule(over=st.lists(st.tuples(turns, amounts), min_size=1, max_size=4), after_s=pauses)
+    def settle(self, over: list[tuple[Turn, int]], after_s: float) -> None:
+        """All at once, some of them twice."""
+        self.clock.advance(after_s)
         now = self.clock.now()
-        for _ in range(times):
-            self.run(self.ledger.settle(settlement_of(turn.id, cost, payer=turn.payer, repeat=turn.repeat)))
-        if turn.is_settled:
-            return
         self.twin.lapse(now)
-        paid = 0
-        if turn.repeat is not None:
-            paid = min(cost, sum(one.charged for one in self.twin.attempts(turn.payer, turn.repeat, now)))
-            turn.touched_at = now
-        turn.is_open, turn.is_settled = False, True
-        turn.charged, turn.charged_at = cost - paid, now
-        self.twin.pay(turn.payer.organisation, cost - paid)
+        acts = [settlement_of(turn.id, cost, payer=turn.payer, repeat=turn.repeat) for turn, cost in over]
+        assert self.run(together([self.ledger.settle(act) for act in acts])) == [None] * len(acts)
+        for turn, cost in over:
+            if turn.is_settled:
+                continue
+            paid = 0
+            if turn.repeat is not None:
+                paid = min(cost, sum(one.charged for one in self.twin.attempts(turn.payer, turn.repeat, now)))
+                turn.touched_at = now
+            turn.is_open, turn.is_settled = False, True
+            turn.charged, turn.charged_at = cost - paid, now
+            self.twin.pay(turn.payer.organisation, cost - paid)
 
     @rule(turn=turns, times=st.integers(1, 2))
     def release(self, turn: Turn, times: int) -> None:
-        for _ in range(times):
-            self.run(self.ledger.release(turn.id))
+        assert self.run(together([self.ledger.release(turn.id) for _ in range(times)])) == [None] * times
         turn.is_open = False
 
     @rule(seconds=st.sampled_from([1.0, 49.0, HOLD_S, 3600.0]))
@@ -312,6 +313,14 @@ class Keeping(RuleBasedStateMachine):
         check_sums(self.storage)
 
     @invariant()
+    def what_is_left_of_each_voucher_is_the_twins(self) -> None:
+        self.twin.lapse(self.clock.now())
+        self.run(self.ledger.lapse_vouchers())
+        query = sa.select(vouchers.c.id, vouchers.c.left_nano)
+        found = self.storage.run_sync(lambda connection: {row.id: row.left_nano for row in connection.execute(query)})
+        assert found == {coin.id: coin.left for coin in self.twin.coins}
+
+    @invariant()
     def balances_are_the_twins(self) -> None:
         self.twin.lapse(self.clock.now())
         for organisation in ("a", "b"):
@@ -328,5 +337,5 @@ class Keeping(RuleBasedStateMachine):
         }
 
 
-Keeping.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
+Keeping.TestCase.settings = settings(max_examples=30, stateful_step_count=40)
 test_keeping = Keeping.TestCase

@@ -123,6 +123,19 @@ async def test_ticks_pay_for_a_life_and_close_it(storage: Storage, clock: FakeCl
     assert await still_open(storage) == 0
 
 
+async def test_a_life_whose_last_part_is_paid_already_is_closed_without_a_row(
+    storage: Storage, clock: FakeClock
+) -> None:
+    service = meters(storage, clock)
+    await service.open(life(ends_at=T0 + 59.5))
+    clock.advance(59.25)
+    assert await service.tick() == 1
+    assert await still_open(storage) == 1
+    clock.advance(1.0)
+    assert await service.tick() == 0
+    assert await still_open(storage) == 0
+
+
 async def test_time_while_nobody_ticked_is_paid_by_the_next_process(storage: Storage, clock: FakeClock) -> None:
     await meters(storage, clock).open(life())
     clock.advance(90.0)
