@@ -49,6 +49,7 @@ docs: $(STAMPS)/test ## rewrite the generated parts of the docs
 bench: $(STAMPS)/test ## measure; one JSON file per run in bench/results (BENCH_ARGS="--quick" for a try)
 	@$(BIN)/keepwarm bench ttft --out "bench/results/$$(date -u +%F)-ttft.json" $(BENCH_ARGS)
 	@$(BIN)/keepwarm bench gateway --out "bench/results/$$(date -u +%F)-gateway.json"
+	@$(BIN)/keepwarm bench ledger --out "bench/results/$$(date -u +%F)-ledger.json"
 	@$(BIN)/keepwarm bench store --out "bench/results/$$(date -u +%F)-store.json" $(BENCH_ARGS)
 	@$(BIN)/keepwarm bench agent --out "bench/results/$$(date -u +%F)-agent.json" $(filter --quick,$(BENCH_ARGS))
 
