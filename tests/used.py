@@ -49,9 +49,9 @@ async def turn(ledger: Ledger, turn_id: str, payer: Payer, priced: Priced | None
     await ledger.settle(Settlement(turn_id, payer, "kimi", "m", "finished", priced, use, repeat))
 
 
-def make(data_dir: Path, clock: FakeClock) -> Storage:
-    """The storage, open."""
-    storage = Storage.open(database_path(data_dir), busy_s=1.0)
+def make(where: Path | str, clock: FakeClock) -> Storage:
+    """The storage, open; `where` is a data directory or the URL of a PostgreSQL database."""
+    storage = Storage.open(database_path(where) if isinstance(where, Path) else where, busy_s=1.0)
     storage.run_sync(_seed)
     asyncio.run(_use(storage, clock))
     return storage

@@ -9,5 +9,6 @@ books      holds, charges, vouchers and budgets as pure bookkeeping
 book_rows  the books in the database's tables
 ledger     acts and credit in the database, in groups of calls
 meter      storage of cache objects by time
-report     what was used, by day, key, model, dialect and class
+report     what was used, by day, key, project, model, dialect or sheet; report_text, invoice: the same as JSON, CSV, a page
+verify     the whole ledger read and counted anew (recount: the pure part)
 """

@@ -178,7 +178,7 @@ class Recount:
         amount, taken = total + repeated, -row.cash_nano - row.voucher_nano
         said += _unless(amount == taken, f"its classes come to {amount}, it takes {taken}")
         vouchers = self._vouchers[row.organisation, row.currency or ""]
-        wanted = min(amount, sum(one.left_nano for one in vouchers.values()))
+        wanted = max(0, min(taken, sum(one.left_nano for one in vouchers.values())))
         said += _unless(-row.voucher_nano == wanted, f"it takes {-row.voucher_nano} from vouchers, not {wanted}")
         for one in in_order(vouchers.values()) if row.voucher_nano else ():
             part = min(wanted, one.left_nano)

@@ -63,8 +63,8 @@ def random_row(draw: random.Random, n: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
-    opened = Storage.open(database_path(tmp_path), busy_s=1.0)
+def storage(any_database: Path | str) -> Iterator[Storage]:
+    opened = Storage.open(any_database, busy_s=1.0)
     draw = random.Random(6)
     found = [random_row(draw, n) for n in range(1_500)]
     opened.run_sync(lambda connection: connection.execute(sa.insert(ledger_rows), found))

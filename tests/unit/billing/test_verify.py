@@ -138,3 +138,22 @@ def test_a_sheet_that_is_gone_is_told(ledger: Storage) -> None:
         raise NoSuchPricesError(f"there are no prices {priced.sheet}")
 
     assert Fault("t1/settle", "there are no prices kimi@2024-07-01") in faults(ledger, prices=none)
+
+
+def test_on_postgresql_too(postgresql_url: str) -> None:
+    storage = used.make(postgresql_url, FakeClock())
+    assert faults(storage, 7) == []
+    change(storage, "UPDATE ledger_rows SET read_nano = read_nano + 1 WHERE id = 't1/settle'")
+    assert {fault.where for fault in faults(storage, 7)} == {"t1/settle"}
+    storage.close()
+
+
+def test_cash_taken_while_a_voucher_had_more_is_found_though_all_sums_agree(ledger: Storage) -> None:
+    mine = "organisation = 'acme' AND currency = 'CNY'"
+    for sql in (
+        "UPDATE ledger_rows SET cash_nano = cash_nano - 9, voucher_nano = voucher_nano + 9 WHERE id = 't1/settle'",
+        f"UPDATE accounts SET cash_nano = cash_nano - 9, voucher_nano = voucher_nano + 9 WHERE {mine}",
+        "UPDATE vouchers SET left_nano = left_nano + 9 WHERE granted_nano = 300000000",
+    ):
+        change(ledger, sql)
+    assert any(one.where == "t1/settle" and "from vouchers, not" in one.message for one in faults(ledger))
