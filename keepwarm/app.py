@@ -187,6 +187,8 @@ async def gateway(
                 caching,
                 lookups,
                 files,
+                ledger,
+                storage,
                 model.engine,
                 runtime,
                 int(clock.now()),

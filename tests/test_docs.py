@@ -118,7 +118,7 @@ async def openapi_document() -> dict[str, Any]:
     """The document as the server gives it. No call behind it is made, so no service is there."""
     absent: Any = None
     runtime = Runtime(SystemClock(), RandomIds(), structlog.get_logger(), absent)
-    services = Services(Config(dev=True), *[absent] * 8, runtime, created_at=0)
+    services = Services(Config(dev=True), *[absent] * 10, runtime, created_at=0)
     transport = httpx.ASGITransport(app=application(services))
     async with httpx.AsyncClient(transport=transport, base_url="http://keepwarm") as client:
         reply = await client.get("/openapi.json")

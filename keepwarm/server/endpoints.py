@@ -14,6 +14,7 @@ from msgspec.structs import asdict, replace
 
 from keepwarm import __version__
 from keepwarm.billing.act import Repeat
+from keepwarm.billing.ledger import Ledger
 from keepwarm.config import Config
 from keepwarm.core.cache_lookup import CacheLookup
 from keepwarm.core.cache_object import Page
@@ -37,6 +38,7 @@ from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.turn import Turn, Turns
 from keepwarm.gateway.window import served_model
 from keepwarm.server.exchange import EVENT_STREAM_TYPE, IDEMPOTENCY_HEADER, KEEPALIVE, Exchange, Headers, encoded
+from keepwarm.storage import Storage
 
 QUERY_FIELDS_MAX = 100  # metadata filters and a few scalars
 CACHE_HEADER = "x-keepwarm-cache"  # on every answer of a turn
@@ -68,6 +70,8 @@ class Services:
     caching: Caching
     lookups: Lookups
     files: Files
+    ledger: Ledger
+    storage: Storage  # reports are read from it
     engine: RestartableEngine
     runtime: Runtime
     created_at: int  # unix seconds; what the models list gives as the models' time of creation

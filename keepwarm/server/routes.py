@@ -69,6 +69,7 @@ from keepwarm.gateway.history import TurnRecord
 from keepwarm.gateway.phases import Phases
 from keepwarm.gateway.stream import internal_error
 from keepwarm.server.admin import admin_entries
+from keepwarm.server.billing import billing_entries, kimi_balance_entries
 from keepwarm.server.endpoints import (
     CachingCalls,
     Call,
@@ -135,15 +136,17 @@ def application(services: Services) -> Starlette:
     kimi, openai, minimax = KimiChat(bounds), OpenAIChat(bounds), MiniMaxChat(bounds)
     anthropic, gemini = AnthropicMessages(bounds), GeminiContent(bounds)
     kimi_files = KimiFileCalls(services.files, KimiFiles(), services.config.limits)
+    books = (services.storage, services.ledger, services.identities, services.runtime.clock)
     kimi_entries = [
         *chat_entries(services, kimi),
         *kimi_only_entries(services, kimi, KimiCaching(bounds)),
         *kimi_file_entries(kimi_files),
+        *kimi_balance_entries(*books),
     ]
     openai_entries, minimax_entries = chat_entries(services, openai), chat_entries(services, minimax)
     messages_entries, models_entries = messages_entries_of(services, anthropic)
     gemini_entries = GeminiEntries(services, gemini, bounds)
-    operator_entries = [*operator_entries_of(services), *admin_entries(services)]
+    operator_entries = [*operator_entries_of(services), *admin_entries(services), *billing_entries(*books)]
     documents = Documents(
         [
             *(_under(KIMI_MOUNTS[0], route) for route, _ in (*kimi_entries, *messages_entries)),
