@@ -71,15 +71,16 @@ def started(command, key):
             process.kill()
 
 
-def until_read(conversation, client):
-    """Asked until the object is `ready` and has been read. Every answer to the question is the same."""
+def until_read(conversation, client, text="Keep it warm"):
+    """Asked until an object with this text is `ready` and has been read. Every answer to the question is the same."""
     answers = set()
     for _ in range(N_QUESTIONS_MAX):
         conversation.ask("/new\nAnd?")  # some time for the object
         answer, cached, _ = conversation.ask("/new\nWhat is warm?")
         answers.add(answer)
         data = client.get("/caching", cast_to=object)["data"]
-        if data and data[0]["status"] == "ready" and cached >= data[0]["tokens"]:
+        is_this = data and text in data[0]["messages"][0]["content"]  # not the one it is going to replace
+        if is_this and data[0]["status"] == "ready" and cached >= data[0]["tokens"]:
             assert len(data) == len(answers) == 1
             return data[0], answer
     raise AssertionError("the object was never read")
@@ -111,8 +112,8 @@ def check(command, documents, running, key):
 
     (documents / "warm.md").write_text("# Warm\n\nKeep it hot. " * 30)
     with started(command, key) as conversation:
-        changed, _ = until_read(conversation, client)
-        assert "Keep it hot" in changed["messages"][0]["content"]
+        changed, _ = until_read(conversation, client, "Keep it hot")
+        assert changed["id"] != again["id"]
 
 
 def test_the_assistant_in_python(running, documents, tmp_path):
