@@ -102,6 +102,16 @@ class Meters:
         """The object was deleted at `at`: charge its life up to then. Nothing happens when it is not metered."""
         await self._storage.run(partial(self._close, object_id, at))
 
+    async def close_deleted(self) -> int:
+        """Close the meters of objects that are no longer there, as of now; how many.
+
+        An object is also deleted by the command line, and by a server that is killed before it can say so.
+        """
+        gone = await self._storage.run(_deleted)
+        for object_id in gone:
+            await self.close(object_id, self._clock.now())
+        return len(gone)
+
     async def lives(self, object_id: str) -> tuple[int, bool]:
         """How many lives of an object are over, and whether it has one now."""
         return await self._storage.run(partial(_lives, object_id, self._clock.now()))
@@ -214,6 +224,13 @@ def _extend(object_id: str, ends_at: float, now: float, connection: sa.Connectio
         return False
     connection.execute(sa.update(storage_meters).where(columns.id == last.id).values(ends_at=ends_at, is_closed=False))
     return True
+
+
+def _deleted(connection: sa.Connection) -> list[str]:
+    columns = storage_meters.c
+    is_there = sa.exists().where(cache_objects.c.id == columns.object_id)
+    query = sa.select(columns.object_id).where(columns.is_closed.is_(False), ~is_there)
+    return list(connection.scalars(query.limit(METERS_MAX)))
 
 
 def _lives(object_id: str, now: float, connection: sa.Connection) -> tuple[int, bool]:

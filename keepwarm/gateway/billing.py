@@ -14,6 +14,7 @@ With --dev there are no organisations: nothing is limited, nothing is written.
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -45,6 +46,12 @@ class TurnFacts(Struct, frozen=True):
     model: str
     n_choices: int
     repeat: Repeat | None = None
+
+
+class Ending(Protocol):
+    """Who knows why a turn was cancelled."""
+
+    def cancelled_by(self) -> ErrorKind: ...
 
 
 class Bill:
@@ -101,7 +108,7 @@ class Billing:
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def enter(self, facts: TurnFacts) -> AsyncIterator[Bill]:
+    async def enter(self, facts: TurnFacts, ending: Ending) -> AsyncIterator[Bill]:
         """Let a turn in, and settle it when the context is left. Raises ApiError(RATE_LIMITED)."""
         principal = facts.principal
         if not principal.is_billed:
@@ -112,7 +119,7 @@ class Billing:
             try:
                 yield bill
             except asyncio.CancelledError:
-                bill.status = ErrorKind.CLIENT_CLOSED.value
+                bill.status = ending.cancelled_by().value
                 raise
             except ApiError as error:
                 bill.status = error.kind.value

@@ -102,6 +102,7 @@ class ObjectBilling:
 
     async def tick(self) -> None:
         """Charge what has been kept since the last time; give back holds that nobody closed, lapse vouchers."""
+        await self._meters.close_deleted()
         await self._meters.tick()
         await self._ledger.tick()
 

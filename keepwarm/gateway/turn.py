@@ -83,6 +83,7 @@ class Turn:
         self.answer = AnswerText()
         self._task: asyncio.Task[None] | None = None
         self._cause = ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
+        self._is_cancelled = False
 
     def facts(self) -> TurnFacts:
         """What its bill says of it."""
@@ -97,7 +98,12 @@ class Turn:
         assert self._task is not None
         if cause is not None:
             self._cause = cause
+        self._is_cancelled = True
         self._task.cancel()
+
+    def cancelled_by(self) -> ErrorKind:
+        """Why it is being cancelled: `cancel` tells, and without it its time is over."""
+        return self._cause.kind if self._is_cancelled else ErrorKind.TIMEOUT
 
     def take(self, event: Event) -> None:
         """Pass an event of the answer on to the reader. Raises ApiError(TIMEOUT) when that one is too far behind."""
@@ -171,7 +177,7 @@ class Turns:
         finally:
             self._open.discard(turn)
             if not task.done():
-                task.cancel()
+                turn.cancel()
                 await asyncio.wait([task])
 
     def stop(self) -> None:
@@ -241,7 +247,7 @@ class Turns:
     async def _story(self, turn: Turn) -> Finished:
         check_allowed(turn.principal, turn.request.model)
         with self._admission.enter(turn.tenant, turn.request.n):
-            async with self._billing.enter(turn.facts()) as bill:
+            async with self._billing.enter(turn.facts(), turn) as bill:
                 finished = await self._billed(turn, bill)
         return finished
 

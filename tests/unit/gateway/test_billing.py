@@ -20,7 +20,7 @@ from keepwarm.core.identity import NewKey, NewOrganisation
 from keepwarm.core.prompt import Plan
 from keepwarm.core.rate_limit import LimitOverrides
 from keepwarm.gateway.identities import Identities
-from keepwarm.tables import accounts, holds, ledger_rows
+from keepwarm.tables import accounts, cache_objects, holds, ledger_rows
 from tests.engines import MODEL, StepEngine
 from tests.world import CONFIG, World, until, world
 
@@ -80,7 +80,12 @@ class Paid(msgspec.Struct):
 
 @asynccontextmanager
 async def paid(
-    tmp_path: Path, *, prepaid: bool = False, limits: LimitOverrides | None = None, engine: StepEngine | None = None
+    tmp_path: Path,
+    *,
+    prepaid: bool = False,
+    limits: LimitOverrides | None = None,
+    engine: StepEngine | None = None,
+    turn_s_max: float = 60.0,
 ) -> AsyncIterator[Paid]:
     sheets = tmp_path / "sheets"
     sheets.mkdir(exist_ok=True)
@@ -90,6 +95,7 @@ async def paid(
         dev=False,
         model=ModelConfig(name="small", aliases=tuple(NAMES), engine="scripted"),
         cache=replace(CONFIG.cache, object_tokens_min=1, ttl_max_s=86_400),
+        limits=replace(CONFIG.limits, turn_s_max=turn_s_max),
         billing=BillingConfig(sheets_dir=str(sheets), models=NAMES),
     )
     engine = engine or StepEngine()
@@ -368,6 +374,27 @@ async def test_a_deleted_object_is_paid_until_it_was_deleted(tmp_path: Path) -> 
         at.server.clock.advance(600.0)
         await at.server.running.paying.tick()
         assert sum(row.storage_nano for row in await at.rows("storage")) == made["tokens"] * 10_000 * 2
+
+
+async def test_an_object_deleted_behind_the_servers_back_is_paid_until_the_next_tick(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="kimi", ttl=6000)
+        await at.server.storage.run(lambda connection: connection.execute(sa.delete(cache_objects)))
+        at.server.clock.advance(61.0)
+        await at.server.running.paying.tick()
+        at.server.clock.advance(600.0)
+        await at.server.running.paying.tick()
+        assert sum(row.storage_nano for row in await at.rows("storage")) == made["tokens"] * 10_000 * 2
+
+
+async def test_a_turn_that_takes_too_long_is_a_timeout_in_the_ledger(tmp_path: Path) -> None:
+    engine = StepEngine(used(Usage(90, 0, 0, 30), *"abcdef"))
+    async with paid(tmp_path, engine=engine, turn_s_max=0.2) as at:
+        steps = asyncio.Semaphore(4)
+        engine.gate = steps.acquire
+        assert (await at.ask("kimi", "hello")).status == 504
+        (row,) = await at.rows("settle")
+        assert (row.status, row.n_fresh) == ("timeout", 90)
 
 
 async def test_a_key_may_use_its_models_only(tmp_path: Path) -> None:
