@@ -145,8 +145,9 @@ class Ledger:
         if expires_at is not None and expires_at <= now:
             message = f"the voucher would expire at {expires_at:.0f}, which is over: it is {now:.0f}"
             raise ApiError(ErrorKind.INVALID_REQUEST, message)
-        voucher = Voucher(self._ids.new("voucher-"), amount_nano, now, expires_at)
-        row = self._row(RowKind.GRANT, organisation, currency, note, voucher_nano=amount_nano, voucher_id=voucher.id)
+        voucher_id = self._ids.new("voucher-")
+        row = self._row(RowKind.GRANT, organisation, currency, note, voucher_nano=amount_nano, voucher_id=voucher_id)
+        voucher = Voucher(voucher_id, amount_nano, row.at, expires_at)  # as old as its row, to the last bit
         await self._credit(row, voucher)
         return voucher.id
 
