@@ -1,8 +1,7 @@
 """Limits and money around one turn: what it may take is taken before the engine starts, what it took is written after.
 
     enter     a place of the organisation's concurrency, one request of its minute
-    reserve   tokens of its minute and day for prompt and longest answer; a hold of what that can cost at most, written
-              while the engine looks up and restores: nothing of the answer goes out before it is on the disk
+    reserve   tokens of its minute and day for prompt and longest answer; a hold of what that can cost at most
     leaving   settles by the engine's counts, or gives all back when nothing was evaluated; limits are corrected
 
 Leaving happens before the turn's terminal event goes out, so whoever has read an answer finds it in the ledger; it goes on
@@ -33,7 +32,6 @@ from keepwarm.core.rate_limit import LimitState
 from keepwarm.engine import Counts
 from keepwarm.gateway.rate_limits import RateLimits, Ticket
 from keepwarm.gateway.runtime import Runtime
-from keepwarm.gateway.stream import internal_error
 from keepwarm.telemetry import where
 
 COUNTS_S_MAX = 10.0  # a cancelled run tells its counts within one step of the engine; a step is a few hundred ms
@@ -65,7 +63,7 @@ class Bill:
         self.prices: tuple[Priced, ModelPrices] | None = None
         self.object_tokens = 0
         self.is_reserved = False
-        self.holding: asyncio.Task[ApiError | None] | None = None
+        self.is_held = False
         self.status = ErrorKind.INTERNAL.value
         self._whole: Usage | None = None
         self._counts: list[Counts] = []
@@ -80,12 +78,6 @@ class Bill:
         """The turn went well; `usage` is all choices' together."""
         self.status = "finished"
         self._whole = usage
-
-    async def held(self) -> None:
-        """Wait until the hold is on the disk; nothing of the answer goes out before. Raises ApiError(QUOTA_EXCEEDED)."""
-        refused = None if self.holding is None else await asyncio.shield(self.holding)
-        if refused is not None:
-            raise refused
 
     async def usage(self) -> Usage | None:
         """All that was evaluated and produced, once runs that were given up have told; None: not known."""
@@ -139,10 +131,7 @@ class Billing:
                 await asyncio.shield(closing)
 
     async def reserve(self, bill: Bill, n_prompt: int, n_output_max: int, object_tokens: int) -> None:
-        """Take tokens for the longest the turn can be, and begin to hold its money. Raises ApiError(RATE_LIMITED).
-
-        The hold is written while the engine looks up and restores; `Bill.held` waits for it.
-        """
+        """Take tokens and money for the longest the turn can be. Raises ApiError: RATE_LIMITED, QUOTA_EXCEEDED."""
         facts = bill.facts
         if bill.ticket is None:
             return
@@ -155,31 +144,21 @@ class Billing:
             return
         bill.prices = priced, prices = found
         amount = ceiling_nano(prices, n_prompt, n_output, n_object=min(object_tokens, n_prompt))
-        hold = Hold(
-            facts.turn_id,
-            payer_of(facts.principal),
-            facts.dialect,
-            facts.model,
-            priced,
-            amount,
-            is_prepaid=facts.principal.is_prepaid,
-            repeat=facts.repeat,
+        bill.is_held = True
+        excesses = await self._ledger.hold(
+            Hold(
+                facts.turn_id,
+                payer_of(facts.principal),
+                facts.dialect,
+                facts.model,
+                priced,
+                amount,
+                is_prepaid=facts.principal.is_prepaid,
+                repeat=facts.repeat,
+            )
         )
-        bill.holding = self._tasks.create_task(self._hold(hold))
-
-    async def _hold(self, hold: Hold) -> ApiError | None:
-        """Why it is refused, if it is. An error of a task would end all tasks; who waits for this one raises it."""
-        turn_id = hold.turn_id
-        try:
-            excesses = await self._ledger.hold(hold)
-        except ApiError as error:
-            return error
-        except Exception as exc:  # noqa: BLE001 - as the turn's: the client gets an error, the log the place
-            self._log.error("hold failed", turn_id=turn_id, error=type(exc).__name__, where=where(exc))
-            return internal_error()
         for excess in excesses:
-            self._log.warning("soft budget passed", turn_id=turn_id, budget=excess.message)
-        return None
+            self._log.warning("soft budget passed", turn_id=facts.turn_id, budget=excess.message)
 
     async def limits(self, principal: Principal) -> LimitState:
         """What is left of the organisation's limits, for the headers of an answer."""
@@ -193,12 +172,11 @@ class Billing:
     async def _close(self, bill: Bill) -> None:
         if bill.ticket is None or not bill.is_reserved:
             return
+        usage = await bill.usage()
+        if usage is not None and not (usage.prompt or usage.output):
+            usage = None
+        await self._rates.correct(bill.ticket, 0 if usage is None else self._rates.counted(usage))
         try:
-            refused = None if bill.holding is None else await bill.holding
-            usage = await bill.usage() if refused is None else None
-            if usage is not None and not (usage.prompt or usage.output):
-                usage = None
-            await self._rates.correct(bill.ticket, 0 if usage is None else self._rates.counted(usage))
             await self._write(bill, usage)
         except Exception as exc:  # noqa: BLE001 - the turn boundary: the answer is out; a hold stays open and expires
             self._log.error("turn not settled", turn_id=bill.facts.turn_id, error=type(exc).__name__, where=where(exc))
@@ -206,7 +184,7 @@ class Billing:
     async def _write(self, bill: Bill, usage: Usage | None) -> None:
         facts = bill.facts
         if usage is None:
-            if bill.holding is not None:
+            if bill.is_held:
                 await self._ledger.release(facts.turn_id)
             return
         priced, prices = bill.prices or (None, None)

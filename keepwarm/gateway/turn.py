@@ -344,7 +344,6 @@ class Turns:
                     counts.set_result(event.usage)
                 if isinstance(event, Failed):
                     raise RunFailed(event)
-                await bill.held()
                 for merged in choices.feed(choice, event):
                     turn.take(self._lookups.told(look, merged) if isinstance(merged, Started) else merged)
                 if isinstance(event, Finished):
