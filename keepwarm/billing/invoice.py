@@ -98,7 +98,7 @@ def invoice_query(organisation: str, month: str) -> UsageQuery:
     """The report that an invoice for "2026-11" is made of. Raises ApiError(INVALID_REQUEST)."""
     try:
         first_day, last_day = month_days(month)
-    except ValueError as exc:
+    except (ValueError, OverflowError) as exc:
         message = f"month: {month[:40]!r} is not a month such as '2026-11'"
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="month") from exc
     return UsageQuery((By.MODEL, By.SHEET), first_day, last_day, organisation)

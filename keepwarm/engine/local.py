@@ -153,7 +153,10 @@ class LocalEngine:
         finally:
             del self._turns[plan.turn_id]
             self._overrun.discard(plan.turn_id)
-            if not ended:
+            last = None if ended else _last(events)
+            if last is not None:  # it had ended; its end was not read yet
+                _set(counts, last.usage)
+            elif not ended:
                 self._cancel(plan.turn_id, counts)
 
     async def drop(self, pin_id: str) -> None:
@@ -354,6 +357,15 @@ class LocalEngine:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+
+
+def _last(events: asyncio.Queue[Event]) -> Finished | Failed | None:
+    """The terminal event, if it waits to be read."""
+    while not events.empty():
+        event = events.get_nowait()
+        if isinstance(event, Finished | Failed):
+            return event
+    return None
 
 
 def _set(counts: Counts | None, usage: Usage | None) -> None:

@@ -172,12 +172,14 @@ class Billing:
     async def _close(self, bill: Bill) -> None:
         if bill.ticket is None or not bill.is_reserved:
             return
-        usage = await bill.usage()
-        if usage is not None and not (usage.prompt or usage.output):
-            usage = None
-        await self._rates.correct(bill.ticket, 0 if usage is None else self._rates.counted(usage))
         try:
-            await self._write(bill, usage)
+            usage = await bill.usage()
+            if usage is not None and not (usage.prompt or usage.output):
+                usage = None
+            try:
+                await self._write(bill, usage)
+            finally:
+                await self._rates.correct(bill.ticket, 0 if usage is None else self._rates.counted(usage))
         except Exception as exc:  # noqa: BLE001 - the turn boundary: the answer is out; a hold stays open and expires
             self._log.error("turn not settled", turn_id=bill.facts.turn_id, error=type(exc).__name__, where=where(exc))
 
@@ -214,5 +216,5 @@ def merged(counts: Iterable[Usage]) -> Usage | None:
     known = list(counts)
     if not known:
         return None
-    prompt = max(known, key=lambda usage: usage.prompt)
+    prompt = max(known, key=lambda usage: (usage.prompt, -usage.cache_read))  # of equals the one that computed it
     return replace(prompt, output=sum(usage.output for usage in known))

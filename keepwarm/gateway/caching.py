@@ -63,8 +63,14 @@ class Caching:
         PERMISSION_DENIED for a model that the key may not use.
         """
         with self._admission.enter(principal.tenant):  # rendering is work, too
-            obj = await self._read(principal, new)
-            await self._insert(principal, obj, new.tags)
+            obj, is_stored = await self._read(principal, new), False
+            try:
+                await self._insert(principal, obj, new.tags)
+                is_stored = True
+            finally:
+                if not is_stored:
+                    await self._objects.delete(obj.tenant, obj.id)
+                    await self._billing.deleted(obj.id)  # what was held for its making
         self._warming.want(obj)
         return obj
 
@@ -127,6 +133,8 @@ class Caching:
             changed = await self._objects.update(
                 tenant, object_id, now=now, metadata=update.metadata, expires_at=expires_at, dialect="kimi"
             )
+        if changed is not None and not obj.is_over(now):
+            await self._billing.renewed(changed)  # before the old end passes: it is the same life
         if changed is None:
             raise _unknown(object_id)
         self._warming.want(changed)

@@ -230,6 +230,9 @@ class Turns:
                 finished = await self._story(turn)
             self._note(turn, "finished", finished.usage)
             turn.stream.emit(finished)
+        except asyncio.CancelledError:
+            self._note(turn, turn.cancelled_by().value)
+            raise
         except RunFailed as failed:
             self._fail(turn, failed, failed.usage)
         except ApiError as error:
@@ -265,7 +268,9 @@ class Turns:
             message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
             raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
         with turn.phases.measure("reserve"):
-            await self._billing.reserve(bill, built.prompt.n_tokens, rules.max_tokens, object_tokens or 0)
+            is_used = turn.object_use.status is ObjectStatus.READY  # only then a call pays as one that uses it
+            sold = object_tokens if is_used and object_tokens is not None else 0
+            await self._billing.reserve(bill, built.prompt.n_tokens, rules.max_tokens, sold)
         with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
             finished = await self._answer(turn, request, built, rules, look, bill)
         await self._renew_object(turn)
@@ -339,15 +344,22 @@ class Turns:
             )
             counts = bill.counts()
             events = await held.enter_async_context(closing(self._engine.run(plan, counts)))
-            async for event in events:
-                if isinstance(event, Finished | Failed):
-                    counts.set_result(event.usage)
-                if isinstance(event, Failed):
-                    raise RunFailed(event)
-                for merged in choices.feed(choice, event):
-                    turn.take(self._lookups.told(look, merged) if isinstance(merged, Started) else merged)
-                if isinstance(event, Finished):
-                    return
+            began = False
+            try:
+                async for event in events:
+                    began = True
+                    if isinstance(event, Finished | Failed):
+                        counts.set_result(event.usage)
+                    if isinstance(event, Failed):
+                        raise RunFailed(event)
+                    for merged in choices.feed(choice, event):
+                        turn.take(self._lookups.told(look, merged) if isinstance(merged, Started) else merged)
+                    if isinstance(event, Finished):
+                        return
+            except ApiError:
+                if not counts.done() and not began:
+                    counts.set_result(None)  # refused before it was a run: there is nothing to wait for
+                raise
         raise AssertionError("the engine ended a run without a terminal event")
 
     async def _renew_object(self, turn: Turn) -> None:
