@@ -412,3 +412,35 @@ async def test_a_key_may_use_its_models_only(tmp_path: Path) -> None:
             "POST", "/v1/caching", {"model": "small", "messages": [{"role": "system", "content": "x"}]}, key=key
         )
         assert refused.status == 403
+
+
+async def test_an_object_extended_before_its_end_is_one_life_though_it_is_ready_after_it(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="kimi", ttl=60)
+        at.server.clock.advance(55.0)
+        gate = asyncio.Semaphore(0)
+        at.server.engine.gate = gate.acquire
+        await at.server.request("PUT", f"/v1/caching/{made['id']}", {"ttl": 3600}, key=at.key)
+        at.server.clock.advance(10.0)
+        await at.server.running.paying.tick()
+        at.server.engine.gate = None
+        for _ in range(20):
+            gate.release()
+        await at.server.settled(made["id"], key=at.key)
+        assert len(await at.rows("creation")) == 1
+
+
+async def test_a_cancelled_turn_has_an_end_where_turns_are_looked_up(tmp_path: Path) -> None:
+    engine = StepEngine(used(Usage(90, 0, 0, 30), *"abcdef"))
+    async with paid(tmp_path, engine=engine) as at:
+        steps = asyncio.Semaphore(4)
+        engine.gate = steps.acquire
+        body = {"model": "kimi", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        call = at.server.call("POST", "/v1/chat/completions", body, key=at.key)
+        await call.until(b'"a"')
+        call.disconnect()
+        await call.task
+        await at.server.running.turns.drained()
+        (row,) = await at.rows("settle")
+        record = await at.server.request("GET", f"/admin/turns/{row.turn_id}", key=at.key)
+        assert record.json()["status"] == "client_closed"
