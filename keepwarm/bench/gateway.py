@@ -1,17 +1,20 @@
 """`keepwarm bench gateway`: what the gateway itself costs, with the scripted engine behind it.
 
 A body of 1 KB: a text that stays the same and a short question that does not, one token of answer. First one request after
-another, then many connections at once while the gateway's memory is watched.
+another, then many connections at once while the gateway's memory is watched. Then what keys, limits and ledger add to that:
+gateway_billing.py.
 """
 
 import asyncio
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import psutil
 import uvloop
 from rich.console import Console
 
+from keepwarm.bench import gateway_billing
 from keepwarm.bench.client import CHAT_PATH, TIMINGS_HEADER, Connection
 from keepwarm.bench.gateway_report import FORMS, Form, Latency, Samples, Throughput, flat_medians, ratios
 from keepwarm.bench.machine import these_versions, this_machine
@@ -20,6 +23,7 @@ from keepwarm.bench.report import Report, publish, shown, timestamp
 from keepwarm.bench.service import Service, chat_body, running_server
 from keepwarm.bench.sse import engine_ms
 from keepwarm.core.clock import Clock, RandomIds, SystemClock
+from keepwarm.engine import ModelInfo
 from keepwarm.launch import ServerProcess
 
 SCRIPTED = '[model]\nengine = "scripted"\n'
@@ -104,6 +108,7 @@ def run_and_show(n_requests: int, console: Console, *, out: Path | None) -> None
 def run(n_requests: int, console: Console) -> Report[Samples]:
     """Measure. Raises BenchError."""
     clock = SystemClock()
+    created_at = clock.now()
     with tempfile.TemporaryDirectory(prefix="keepwarm-bench-") as scratch:
         config_file = Path(scratch) / "scripted.toml"
         config_file.write_text(SCRIPTED, encoding="utf-8")
@@ -112,31 +117,14 @@ def run(n_requests: int, console: Console) -> Report[Samples]:
             pinned(server.pid) as cores,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            return runner.run(_measure(n_requests, console, clock, server, cores))
-
-
-async def _measure(
-    n_requests: int, console: Console, clock: Clock, server: ServerProcess, cores: str
-) -> Report[Samples]:
-    service = Service(server.port, RandomIds().new("bench-"), clock)
-    model = (await service.idle()).model
-    assert model is not None
-    created_at = clock.now()
-    load = Load(server, service, clock)
-    n_latency = max(1, min(LATENCY_REQUESTS_MAX, n_requests // N_PARTS))
-    console.print(f"{cores}; {BODY_BYTES:,} bytes a request", highlight=False)
-    latency: dict[Form, Latency] = {}
-    throughput: dict[Form, Throughput] = {}
-    with console.status("measuring"):
-        await load.latency("whole", max(1, n_latency // N_PARTS))  # the first ones pay for what is loaded late
-        for form in FORMS:
-            latency[form] = await load.latency(form, n_latency)
-            console.print(f"{form}: {n_latency:,} requests one after another")
-        for form in FORMS:
-            throughput[form] = await load.throughput(form, n_requests if form == "whole" else n_requests // N_PARTS)
-            done = throughput[form]
-            console.print(f"{form}: {done.n_requests:,} requests at {shown(done.requests_per_s)}/s")
-    samples = Samples(latency, throughput)
+            console.print(f"{cores}; {BODY_BYTES:,} bytes a request", highlight=False)
+            model, latency, throughput = runner.run(_measure(n_requests, console, clock, server))
+        n_turns = max(1, n_requests // N_PARTS)
+        body = partial(sized_body, n_bytes=BODY_BYTES, stream=False)
+        with console.status("measuring keys, limits and ledger"):
+            billed = gateway_billing.measure(n_turns, body, Path(scratch), SCRIPTED, console, clock)
+        console.print(f"billing: {len(billed.on.all_ms):,} requests without and with it", highlight=False)
+    samples = Samples(latency, throughput, billed)
     return Report(
         kind="gateway",
         created_at=timestamp(created_at),
@@ -148,3 +136,25 @@ async def _measure(
         medians=flat_medians(samples),
         samples=samples,
     )
+
+
+async def _measure(
+    n_requests: int, console: Console, clock: Clock, server: ServerProcess
+) -> tuple[ModelInfo, dict[Form, Latency], dict[Form, Throughput]]:
+    service = Service(server.port, RandomIds().new("bench-"), clock)
+    model = (await service.idle()).model
+    assert model is not None
+    load = Load(server, service, clock)
+    n_latency = max(1, min(LATENCY_REQUESTS_MAX, n_requests // N_PARTS))
+    latency: dict[Form, Latency] = {}
+    throughput: dict[Form, Throughput] = {}
+    with console.status("measuring"):
+        await load.latency("whole", max(1, n_latency // N_PARTS))  # the first ones pay for what is loaded late
+        for form in FORMS:
+            latency[form] = await load.latency(form, n_latency)
+            console.print(f"{form}: {n_latency:,} requests one after another")
+        for form in FORMS:
+            throughput[form] = await load.throughput(form, n_requests if form == "whole" else n_requests // N_PARTS)
+            done = throughput[form]
+            console.print(f"{form}: {done.n_requests:,} requests at {shown(done.requests_per_s)}/s")
+    return model, latency, throughput

@@ -1,17 +1,21 @@
 """`bench gateway`: its samples, and what they come to against the targets. Pure."""
 
+from collections.abc import Sequence
+from statistics import median
 from typing import Literal
 
 from msgspec import Struct
 
 from keepwarm.bench.report import Ratio, percent, ratio
-from keepwarm.bench.stats import summary
+from keepwarm.bench.stats import percentile, summary
 
 Form = Literal["whole", "stream"]
+Side = Literal["off", "on"]
 FORMS: tuple[Form, ...] = ("whole", "stream")
 OVERHEAD_MS_MAX = 3.0
 REQUESTS_PER_S_MIN = 400.0
 MEMORY_PERCENT_MAX = 105.0  # at the end, of after the first tenth
+ADDED_MS_MAX = 2.0
 
 
 class Latency(Struct):
@@ -40,11 +44,44 @@ class Throughput(Struct):
         return self.n_requests / self.spent_s
 
 
+class Turns(Struct):
+    """Short turns, one after another: the whole time at the client by block, and two phases of the server's."""
+
+    total_ms: list[list[float]] = []
+    auth_ms: list[float] = []  # the key looked up
+    reserve_ms: list[float] = []  # tokens of limits taken, a hold written
+
+    @property
+    def all_ms(self) -> list[float]:
+        return [ms for block in self.total_ms for ms in block]
+
+    def add(self, turns: Sequence[tuple[float, dict[str, float]]]) -> None:
+        """A block of turns: milliseconds, and those of each phase."""
+        self.total_ms.append([round(ms, 3) for ms, _ in turns])
+        self.auth_ms += [round(phases["auth_ms"], 3) for _, phases in turns]
+        self.reserve_ms += [round(phases["reserve_ms"], 3) for _, phases in turns]
+
+
+class Billed(Struct):
+    """The same turns on a server without and on one with keys, limits and ledger; blocks took turns."""
+
+    off: Turns
+    on: Turns
+
+    def of(self, side: Side) -> Turns:
+        return self.off if side == "off" else self.on
+
+    @property
+    def added_p50_ms(self) -> float:
+        return median(self.on.all_ms) - median(self.off.all_ms)
+
+
 class Samples(Struct):
-    """Everything measured, by form of the answer."""
+    """Everything measured: by form of the answer, and without and with billing."""
 
     latency: dict[Form, Latency]
     throughput: dict[Form, Throughput]
+    billing: Billed
 
 
 def flat_medians(samples: Samples) -> dict[str, float]:
@@ -61,6 +98,15 @@ def flat_medians(samples: Samples) -> dict[str, float]:
     for form, throughput in samples.throughput.items():
         found[f"{form}.requests_per_s"] = throughput.requests_per_s
         found[f"{form}.rss_growth_bytes"] = throughput.rss_bytes[-1] - throughput.rss_bytes[1]
+    for side, turns in (("off", samples.billing.off), ("on", samples.billing.on)):
+        found |= {
+            f"billing.{side}.latency_p50_ms": median(turns.all_ms),
+            f"billing.{side}.latency_p90_ms": percentile(turns.all_ms, 0.9),
+            f"billing.{side}.auth_p50_ms": median(turns.auth_ms),
+            f"billing.{side}.reserve_p50_ms": median(turns.reserve_ms),
+        }
+    found["billing.added_p50_ms"] = samples.billing.added_p50_ms
+    found["billing.added_p90_ms"] = found["billing.on.latency_p90_ms"] - found["billing.off.latency_p90_ms"]
     return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -77,4 +123,9 @@ def ratios(samples: Samples) -> list[Ratio]:
         for form in FORMS
     ]
     grown = percent(memory[-1], memory[1])
-    return [*overhead, *rate, ratio("gateway's memory at the end, of early on", grown, "%", "≤", MEMORY_PERCENT_MAX)]
+    return [
+        *overhead,
+        *rate,
+        ratio("gateway's memory at the end, of early on", grown, "%", "≤", MEMORY_PERCENT_MAX),
+        ratio("keys, limits and ledger, added to p50", at["billing.added_p50_ms"], "ms", "≤", ADDED_MS_MAX),
+    ]

@@ -53,7 +53,10 @@ def ttft(
 
 
 def gateway(requests: Requests = 10_000, out: Out = None) -> None:
-    """What the gateway costs beside the engine: latency, requests per second on one core, memory."""
+    """What the gateway costs beside the engine: latency, requests per second on one core, memory, and what billing adds.
+
+    Less than a minute; nothing else should run.
+    """
     module = importlib.import_module("keepwarm.bench.gateway")
     try:
         module.run_and_show(requests, Console(), out=out)

@@ -41,6 +41,9 @@ def test_bench_gateway(tmp_path: Path) -> None:
         assert min(latency.overhead_ms) > 0
         assert len(throughput.rss_bytes) == 11
     assert report.samples.throughput["whole"].n_requests == 40
+    billing = report.samples.billing  # the command has counted the rows
+    assert len(billing.off.all_ms) == len(billing.on.all_ms) == 20
+    assert min(billing.on.all_ms) > 0
     assert all(ratio.reached is not None for ratio in report.ratios)
 
 

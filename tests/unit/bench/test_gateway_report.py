@@ -1,15 +1,28 @@
 import pytest
 
 from keepwarm.bench.gateway import sized_body
-from keepwarm.bench.gateway_report import Latency, Samples, Throughput, flat_medians, ratios
+from keepwarm.bench.gateway_report import Billed, Latency, Samples, Throughput, Turns, flat_medians, ratios
 
 MB = 1_000_000
 
 
-def samples(*, rss_end: int) -> Samples:
+def turns(*blocks: list[float]) -> Turns:
+    found = Turns()
+    for block in blocks:
+        found.add([(ms, {"auth_ms": ms / 10, "reserve_ms": ms / 5, "render_ms": 0.5}) for ms in block])
+    return found
+
+
+def billed(*, added_ms: float) -> Billed:
+    return Billed(turns([1.0, 2.0], [3.0, 7.0, 2.5]), turns([2.5 + added_ms, 9.0], [3.0]))
+
+
+def samples(*, rss_end: int, added_ms: float = 1.0) -> Samples:
     latency = Latency([5.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     throughput = Throughput(16, 1000, 2.0, 100, [100 * MB, 110 * MB, rss_end])
-    return Samples({"whole": latency, "stream": latency}, {"whole": throughput, "stream": throughput})
+    return Samples(
+        {"whole": latency, "stream": latency}, {"whole": throughput, "stream": throughput}, billed(added_ms=added_ms)
+    )
 
 
 def test_overhead_is_what_the_engine_did_not_take() -> None:
@@ -24,6 +37,20 @@ def test_memory_is_compared_with_early_on_not_with_the_start(rss_end: int, flat:
     assert found["gateway's memory at the end, of early on"] is flat
     assert found["gateway overhead p50, whole"] is False
     assert found["requests on one core, stream"] is True
+
+
+def test_what_billing_adds_is_the_difference_of_the_medians_over_all_blocks() -> None:
+    at = flat_medians(samples(rss_end=111 * MB))
+    assert (at["billing.off.latency_p50_ms"], at["billing.off.latency_p90_ms"]) == (2.5, 7.0)
+    assert (at["billing.on.latency_p50_ms"], at["billing.on.latency_p90_ms"]) == (3.5, 9.0)
+    assert (at["billing.added_p50_ms"], at["billing.added_p90_ms"]) == (1.0, 2.0)
+    assert (at["billing.on.auth_p50_ms"], at["billing.on.reserve_p50_ms"]) == (0.35, 0.7)
+
+
+@pytest.mark.parametrize("added_ms, reached", [(2.0, True), (2.1, False)])
+def test_what_billing_adds_is_held_against_its_target(added_ms: float, reached: bool) -> None:
+    found = {one.name: one for one in ratios(samples(rss_end=111 * MB, added_ms=added_ms))}
+    assert found["keys, limits and ledger, added to p50"].reached is reached
 
 
 @pytest.mark.parametrize("stream", [True, False])
