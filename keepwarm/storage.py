@@ -2,9 +2,10 @@
 
 What is promised, of both: when `run` returns, the transaction is on the disk (SQLite: WAL with synchronous=FULL;
 PostgreSQL: synchronous_commit), so a row that was acknowledged survives `kill -9` and a power cut. A call whose awaiter
-was cancelled has been applied whole or not at all. And no other transaction of this database, also of another process,
-runs beside one: what a transaction has read is still so when it writes. SQLite begins IMMEDIATE for that; on PostgreSQL
-each transaction first takes one advisory lock, and reads what was committed before it got it (docs/storage.md).
+was cancelled has been applied whole or not at all. And no other transaction that writes to this database, also of another
+process, runs beside one: what a transaction has read is still so when it writes. SQLite begins IMMEDIATE for that; on
+PostgreSQL each transaction first takes one advisory lock, and reads what was committed before it got it (docs/storage.md).
+`read` is for who only looks: it waits for no other process, and sees what was committed at one moment, its first statement's.
 
 Text and order are the database's own, so SQL here goes by what both do. One difference concerns who writes SQL: after a
 statement that failed, PostgreSQL takes no other in the same transaction. What is to go on puts such a statement into
@@ -16,8 +17,9 @@ The tables are in tables.py; what their rows mean is in the modules that read th
 import asyncio
 import importlib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -26,6 +28,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.util import CommandError
+from msgspec import Struct
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -40,6 +43,7 @@ RETRY_AFTER_S = 1
 STATEMENT_S_MAX = 30  # of one statement on PostgreSQL, and of the pause between two: whoever hangs lets the others in
 LOCK = int.from_bytes(b"keepwarm")  # the advisory lock of all transactions; such locks are per database
 DRIVER = "postgresql+psycopg"
+NO_PARAMETERS = {"no_parameters": True}  # without them PostgreSQL's driver takes more than one statement at once
 # What PostgreSQL calls it when a bounded wait is over: lock_not_available, query_canceled; deadlock_detected can only
 # come from strangers' transactions, since ours run one at a time.
 BUSY_STATES = frozenset({"55P03", "57014", "40P01"})
@@ -59,12 +63,27 @@ def database(database_url: str, data_dir: str | Path) -> Path | str:
     return database_url or database_path(data_dir)
 
 
+class Begins(Struct, frozen=True):
+    """The statements that begin a transaction: one that may write, and one that only looks."""
+
+    to_write: str
+    to_read: str
+
+
+SQLITE = Begins("BEGIN IMMEDIATE", "BEGIN DEFERRED")
+POSTGRESQL = Begins(
+    f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock({LOCK})",
+    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+)
+
+
 class Storage:
     """An open database. All statements run on one thread, in the order of the calls."""
 
-    def __init__(self, engine: sa.Engine, worker: ThreadPoolExecutor) -> None:
+    def __init__(self, engine: sa.Engine, begins: Begins, worker: ThreadPoolExecutor) -> None:
         """Use `Storage.open`."""
         self._engine = engine
+        self._begins = begins
         self._worker = worker
         self._room = asyncio.Semaphore(JOBS_MAX)
 
@@ -77,12 +96,12 @@ class Storage:
         """
         if isinstance(where, Path):
             _make_private(where)
-            engine, shown = _sqlite(where, busy_s), f"{where}"
+            engine, begins, shown = _sqlite(where, busy_s), SQLITE, f"{where}"
             remedy = "see to it, or choose another --data-dir"
         else:
-            engine = _postgresql(where, busy_s)
+            engine, begins = _postgresql(where, busy_s), POSTGRESQL
             shown, remedy = _shown(engine.url), "see to it, or choose another database_url"
-        storage = cls(engine, ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage"))
+        storage = cls(engine, begins, ThreadPoolExecutor(max_workers=1, thread_name_prefix="storage"))
         try:
             storage.run_sync(partial(_migrate, create=create))
         except (sa.exc.DBAPIError, CommandError, ApiError) as exc:
@@ -100,6 +119,14 @@ class Storage:
         async with self._room:
             return await asyncio.get_running_loop().run_in_executor(self._worker, self._transact, fn)
 
+    async def read(self, fn: Callable[[sa.Connection], T]) -> T:
+        """Run `fn`, which only looks, on what was committed when its first statement began; others may write meanwhile.
+
+        Nothing that `fn` writes all the same is kept. Raises as `run`.
+        """
+        async with self._room:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._look, fn)
+
     def run_sync(self, fn: Callable[[sa.Connection], T]) -> T:
         """`run` for callers without an event loop, such as the command line."""
         return self._worker.submit(self._transact, fn).result()
@@ -110,32 +137,42 @@ class Storage:
         self._engine.dispose()
 
     def _transact(self, fn: Callable[[sa.Connection], T]) -> T:
+        with self._begun(self._begins.to_write) as connection:
+            result = fn(connection)
+            connection.commit()
+            return result
+
+    def _look(self, fn: Callable[[sa.Connection], T]) -> T:
+        with self._begun(self._begins.to_read) as connection:
+            result = fn(connection)
+            connection.rollback()
+            return result
+
+    @contextmanager
+    def _begun(self, statement: str) -> Iterator[sa.Connection]:
+        """A connection in a transaction. One that was lost since the last call is replaced: nothing was under way."""
         begun = False
         try:
-            with self._begun() as connection:
+            try:
+                opened = self._begin(statement)
+            except sa.exc.DBAPIError as exc:
+                if not exc.connection_invalidated:
+                    raise
+                opened = self._begin(statement)
+            with opened as connection:
                 begun = True
-                result = fn(connection)
-                connection.commit()
-                return result
+                yield connection
         except sa.exc.DBAPIError as exc:
             error = _told(exc, begun=begun)
             if error is None:
                 raise
             raise error from exc
 
-    def _begun(self) -> sa.Connection:
-        """A connection in a transaction. One that was lost since the last call is replaced: nothing was under way."""
-        try:
-            return self._begin()
-        except sa.exc.DBAPIError as exc:
-            if not exc.connection_invalidated:
-                raise
-        return self._begin()
-
-    def _begin(self) -> sa.Connection:
+    def _begin(self, statement: str) -> sa.Connection:
         connection = self._engine.connect()
         try:
-            connection.begin()
+            connection.begin()  # of SQLAlchemy: the driver begins nothing by itself
+            connection.exec_driver_sql(statement, execution_options=NO_PARAMETERS)
         except sa.exc.DBAPIError:
             connection.close()
             raise
@@ -163,7 +200,6 @@ def _sqlite(path: Path, busy_s: float) -> sa.Engine:
         hide_parameters=True,  # rows hold what clients wrote, and errors are logged
     )
     _prepare(engine, tuple(f"PRAGMA {it}" for it in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")))
-    _begin_with(engine, "BEGIN IMMEDIATE")
     return engine
 
 
@@ -203,7 +239,6 @@ def _postgresql(database_url: str, busy_s: float) -> sa.Engine:
         ),
     )
     _read_whole_numbers(engine)
-    _begin_with(engine, f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock({LOCK})")
     return engine
 
 
@@ -227,14 +262,6 @@ def _prepare(engine: sa.Engine, statements: tuple[str, ...]) -> None:
         cursor.close()
 
     sa.event.listen(engine, "connect", prepare)
-
-
-def _begin_with(engine: sa.Engine, statement: str) -> None:
-    def begin(connection: sa.Connection) -> None:
-        # Without parameters the driver takes more than one statement at once.
-        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
-
-    sa.event.listen(engine, "begin", begin)
 
 
 def _migrate(connection: sa.Connection, *, create: bool) -> None:

@@ -40,6 +40,7 @@ _KNOWN = (
     )
     .join(organisations, organisations.c.id == api_keys.c.organisation)
     .join(projects, sa.and_(projects.c.organisation == api_keys.c.organisation, projects.c.name == api_keys.c.project))
+    .where(api_keys.c.digest == sa.bindparam("wanted"))
 )
 
 
@@ -73,8 +74,7 @@ class KeyAuth:
 
     async def principal(self, authorization: str | None) -> Principal:
         wanted = digest(bearer(authorization))
-        query = _KNOWN.where(api_keys.c.digest == wanted)
-        row = await self._storage.run(lambda connection: connection.execute(query).one_or_none())
+        row = await self._storage.read(lambda connection: connection.execute(_KNOWN, {"wanted": wanted}).one_or_none())
         if row is None or not compare_digest(row.digest, wanted) or row.revoked_at is not None:
             raise ApiError(ErrorKind.UNAUTHENTICATED, "this API key is unknown or was revoked")
         if row.expires_at is not None and row.expires_at <= self._clock.now():

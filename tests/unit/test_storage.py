@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -261,6 +262,51 @@ async def test_a_database_locked_by_another_process_is_an_overload(any_database:
         await holding
     assert await storage.run(key_names) == set()
     await asyncio.to_thread(other.close)
+
+
+async def test_a_read_waits_for_no_other_process_and_sees_only_what_is_committed(
+    any_database: Path | str, storage: Storage
+) -> None:
+    await storage.run(lambda connection: add_key(connection, "before"))
+    other = await asyncio.to_thread(Storage.open, any_database, 5.0)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(connection: sa.Connection) -> None:
+        add_key(connection, "after")
+        entered.set()
+        leave.wait()
+
+    async with asyncio.TaskGroup() as group:
+        holding = group.create_task(other.run(hold))
+        await asyncio.to_thread(entered.wait)
+        try:
+            assert await storage.read(key_names) == {"before"}
+        finally:
+            leave.set()
+        await holding
+    assert await storage.read(key_names) == {"before", "after"}
+    await asyncio.to_thread(other.close)
+
+
+async def test_all_of_a_read_sees_the_same_moment_and_keeps_nobody_from_writing(
+    any_database: Path | str, storage: Storage
+) -> None:
+    other = await asyncio.to_thread(Storage.open, any_database, 0.05)
+
+    def twice(connection: sa.Connection) -> tuple[set[str], set[str]]:
+        first = key_names(connection)
+        other.run_sync(lambda writing: add_key(writing, "meanwhile"))
+        return first, key_names(connection)
+
+    assert await storage.read(twice) == (set(), set())
+    assert await storage.read(key_names) == {"meanwhile"}
+    await asyncio.to_thread(other.close)
+
+
+async def test_nothing_that_a_read_writes_is_kept(storage: Storage) -> None:
+    with suppress(sa.exc.DBAPIError):  # PostgreSQL refuses it
+        await storage.read(lambda connection: add_key(connection, "one"))
+    assert await storage.read(key_names) == set()
 
 
 async def test_after_a_failed_statement_a_nested_transaction_goes_on(storage: Storage) -> None:
