@@ -5,48 +5,77 @@ Nothing is kept between transactions, so another process on the same database fi
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from msgspec import Struct
 from msgspec.structs import asdict
 
 from keepwarm.billing.act import Act, Creation, Hold, Release, Settlement
-from keepwarm.billing.books import Account, Attempts, Books, Contents, OpenHold, Voucher, in_order
+from keepwarm.billing.books import Account, AccountKey, Attempts, Books, Contents, OpenHold, SpentKey, Voucher, in_order
 from keepwarm.billing.budget import Budget, Period, Scope, period_start, scopes_of
 from keepwarm.billing.row import Row
 from keepwarm.tables import accounts, budgets, holds, ledger_rows, repeats, spending, vouchers
 
 IDS = 500  # in one IN (…): SQLite takes 32,766 parameters a statement
 
-_known = sa.select(ledger_rows.c.id).where(ledger_rows.c.id.in_(sa.bindparam("ids", expanding=True)))
-_holds = sa.select(holds).where(holds.c.turn_id.in_(sa.bindparam("ids", expanding=True)))
+
+class _Query(NamedTuple):
+    """The same rows for one id and for several: a turn alone needs one, and a list of parameters costs half again."""
+
+    one: sa.Select[Any]
+    several: sa.Select[Any]
+
+
+def _by(column: sa.Column[Any], query: sa.Select[Any]) -> _Query:
+    several = column.in_(sa.bindparam("ids", expanding=True))
+    return _Query(query.where(column == sa.bindparam("ids")), query.where(several))
+
+
+_known = _by(ledger_rows.c.id, sa.select(ledger_rows.c.id))
+_holds = _by(holds.c.turn_id, sa.select(holds))
 _over = sa.select(holds).where(holds.c.expires_at <= sa.bindparam("now")).order_by(holds.c.expires_at)
-_accounts = sa.select(accounts).where(accounts.c.organisation.in_(sa.bindparam("ids", expanding=True)))
-_vouchers = sa.select(vouchers).where(
-    vouchers.c.organisation.in_(sa.bindparam("ids", expanding=True)), vouchers.c.left_nano > 0
+_accounts = _by(  # a row for each voucher that has something left, or one without; what has a voucher has an account
+    accounts.c.organisation,
+    sa.select(accounts, vouchers.c.id, vouchers.c.left_nano, vouchers.c.created_at, vouchers.c.expires_at).outerjoin(
+        vouchers,
+        sa.and_(
+            vouchers.c.organisation == accounts.c.organisation,
+            vouchers.c.currency == accounts.c.currency,
+            vouchers.c.left_nano > 0,
+        ),
+    ),
 )
-_budgets = sa.select(budgets).where(budgets.c.organisation.in_(sa.bindparam("ids", expanding=True)))
-_spent = sa.select(spending).where(
-    spending.c.scope.in_(sa.bindparam("ids", expanding=True)),
-    spending.c.period_start.in_(sa.bindparam("starts", expanding=True)),
+_budgets = _by(
+    budgets.c.organisation,
+    sa.select(budgets, spending.c.spent_nano).outerjoin(
+        spending,
+        sa.and_(
+            spending.c.scope == budgets.c.scope,
+            spending.c.currency == budgets.c.currency,
+            spending.c.period == budgets.c.period,
+            spending.c.period_start
+            == sa.case({period.value: sa.bindparam(period.value) for period in Period}, value=budgets.c.period),
+        ),
+    ),
 )
-_held = (
+_held = _by(
+    holds.c.organisation,
     sa.select(
         holds.c.organisation,
         holds.c.project,
         holds.c.key_id,
         holds.c.currency,
         sa.func.sum(holds.c.amount_nano).label("amount_nano"),
-    )
-    .where(holds.c.organisation.in_(sa.bindparam("ids", expanding=True)))
-    .group_by(holds.c.organisation, holds.c.project, holds.c.key_id, holds.c.currency)
+    ).group_by(holds.c.organisation, holds.c.project, holds.c.key_id, holds.c.currency),
 )
-_repeats = sa.select(repeats).where(
-    repeats.c.organisation.in_(sa.bindparam("ids", expanding=True)),
-    repeats.c.key_digest.in_(sa.bindparam("digests", expanding=True)),
+_repeats = _by(
+    repeats.c.organisation,
+    sa.select(repeats).where(repeats.c.key_digest.in_(sa.bindparam("digests", expanding=True))),
 )
 
+_add_rows, _add_accounts, _add_vouchers = sa.insert(ledger_rows), sa.insert(accounts), sa.insert(vouchers)
+_add_holds, _add_spent, _add_repeats = sa.insert(holds), sa.insert(spending), sa.insert(repeats)
 _set_account = (
     sa.update(accounts)
     .where(accounts.c.organisation == sa.bindparam("org"), accounts.c.currency == sa.bindparam("of"))
@@ -122,23 +151,23 @@ def open_overdue(connection: sa.Connection, now: float, hold_s: float) -> Books:
 def write_books(connection: sa.Connection, books: Books) -> None:
     """Add the rows and bring the sums up to what they say."""
     if books.rows:
-        connection.execute(sa.insert(ledger_rows), [row_values(row) for row in books.rows])
+        connection.execute(_add_rows, [row_values(row) for row in books.rows])
     before, after = books.before, books.at
     changed, new = _changes(before.accounts, after.accounts)
     _many(connection, _set_account, [{"org": org, "of": of, **asdict(one)} for (org, of), one in changed])
     _many(
         connection,
-        sa.insert(accounts),
+        _add_accounts,
         [{"organisation": org, "currency": of, **asdict(one)} for (org, of), one in new],
     )
     _write_vouchers(connection, before, after)
     _many(connection, _close_hold, [{"of": turn_id} for turn_id in before.holds if turn_id not in after.holds])
-    _many(connection, sa.insert(holds), [asdict(one) for key, one in after.holds.items() if key not in before.holds])
+    _many(connection, _add_holds, [asdict(one) for key, one in after.holds.items() if key not in before.holds])
     _write_spent(connection, before, after)
     tried, first = _changes(before.repeats, after.repeats)
     _many(connection, _set_repeat, [{"org": org, "of": digest, **asdict(one)} for (org, digest), one in tried])
     added = [{"organisation": org, "key_digest": digest, **asdict(one)} for (org, digest), one in first]
-    _many(connection, sa.insert(repeats), added)
+    _many(connection, _add_repeats, added)
 
 
 def row_values(row: Row) -> dict[str, Any]:
@@ -181,21 +210,14 @@ def _opened(
     hold_s: float,
 ) -> Books:
     orgs = concern.organisations | {hold.organisation for hold in open_holds}
-    by_account: defaultdict[tuple[str, str], list[Voucher]] = defaultdict(list)
-    for row in _read(connection, _vouchers, orgs):
-        by_account[row.organisation, row.currency].append(
-            Voucher(row.id, row.left_nano, row.created_at, row.expires_at)
-        )
-    own_budgets = read_budgets(connection, orgs)
+    own_accounts, own_vouchers = _read_accounts(connection, orgs)
+    own_budgets, spent = _read_budgets(connection, orgs, now)
     contents = Contents(
-        accounts={
-            (row.organisation, row.currency): Account(row.cash_nano, row.voucher_nano, row.held_nano)
-            for row in _read(connection, _accounts, orgs)
-        },
-        vouchers={key: in_order(found) for key, found in by_account.items()},
+        accounts=own_accounts,
+        vouchers=own_vouchers,
         holds={hold.turn_id: hold for hold in open_holds},
         budgets=own_budgets,
-        spent=_read_spent(connection, own_budgets, now),
+        spent=spent,
         held=_read_held(connection, set(own_budgets)),
         repeats=attempts,
         known={row.id for row in _read(connection, _known, concern.row_ids)},
@@ -203,13 +225,35 @@ def _opened(
     return Books(contents, now, hold_s)
 
 
-def read_budgets(connection: sa.Connection, organisations: Iterable[str]) -> dict[str, tuple[Budget, ...]]:
-    """The budgets of organisations that have any."""
+def _read_accounts(
+    connection: sa.Connection, organisations: Iterable[str]
+) -> tuple[dict[AccountKey, Account], dict[AccountKey, tuple[Voucher, ...]]]:
+    """The accounts of organisations, and the vouchers of those that have any left."""
+    found: dict[AccountKey, Account] = {}
+    left: defaultdict[AccountKey, list[Voucher]] = defaultdict(list)
+    for row in _read(connection, _accounts, organisations):
+        key = (row.organisation, row.currency)
+        found[key] = Account(row.cash_nano, row.voucher_nano, row.held_nano)
+        if row.id is not None:
+            left[key].append(Voucher(row.id, row.left_nano, row.created_at, row.expires_at))
+    return found, {key: in_order(several) for key, several in left.items()}
+
+
+def _read_budgets(
+    connection: sa.Connection, organisations: Iterable[str], now: float
+) -> tuple[dict[str, tuple[Budget, ...]], dict[SpentKey, int]]:
+    """The budgets of organisations that have any, and what has been spent of each in its current period."""
+    starts = {period: period_start(period, now) for period in Period}
     found: defaultdict[str, list[Budget]] = defaultdict(list)
-    for row in _read(connection, _budgets, organisations):
+    spent: dict[SpentKey, int] = {}
+    parameters = {period.value: start for period, start in starts.items()}
+    for row in _read(connection, _budgets, organisations, parameters):
+        period = Period(row.period)
         scope = scope_from(row.scope, row.organisation)
-        found[row.organisation].append(Budget(scope, row.currency, Period(row.period), row.soft_nano, row.hard_nano))
-    return {key: tuple(several) for key, several in found.items()}
+        found[row.organisation].append(Budget(scope, row.currency, period, row.soft_nano, row.hard_nano))
+        if row.spent_nano is not None:
+            spent[row.scope, row.currency, period, starts[period]] = row.spent_nano
+    return {key: tuple(several) for key, several in found.items()}, spent
 
 
 def scope_from(text: str, organisation: str) -> Scope:
@@ -218,17 +262,6 @@ def scope_from(text: str, organisation: str) -> Scope:
     if kind == "key":
         return Scope(organisation, key_id=int(name))
     return Scope(organisation) if kind == "org" else Scope(organisation, name.partition("/")[2])
-
-
-def _read_spent(
-    connection: sa.Connection, of: Mapping[str, tuple[Budget, ...]], now: float
-) -> dict[tuple[str, str, Period, int], int]:
-    scopes = {budget.scope.text for several in of.values() for budget in several}
-    starts = [period_start(period, now) for period in Period]
-    return {
-        (row.scope, row.currency, Period(row.period), row.period_start): row.spent_nano
-        for row in _read(connection, _spent, scopes, {"starts": starts})
-    }
 
 
 def _read_held(connection: sa.Connection, organisations: set[str]) -> dict[tuple[str, str], int]:
@@ -260,13 +293,15 @@ def _hold(row: sa.Row[Any]) -> OpenHold:
 
 
 def _read(
-    connection: sa.Connection, query: sa.Select[Any], ids: Iterable[str], more: Mapping[str, Any] | None = None
+    connection: sa.Connection, query: _Query, ids: Iterable[str], more: Mapping[str, Any] | None = None
 ) -> list[sa.Row[Any]]:
     """The rows of a query for `ids`; no query where there are none."""
-    several = list(ids)
+    several, more = list(ids), more or {}
+    if len(several) == 1:
+        return list(connection.execute(query.one, {"ids": several[0], **more}))
     found: list[sa.Row[Any]] = []
     for begin in range(0, len(several), IDS):
-        found += connection.execute(query, {"ids": several[begin : begin + IDS], **(more or {})}).all()
+        found += connection.execute(query.several, {"ids": several[begin : begin + IDS], **more}).all()
     return found
 
 
@@ -295,7 +330,7 @@ def _write_vouchers(connection: sa.Connection, before: Contents, after: Contents
         for (organisation, currency), one in now
         if one.id not in old
     ]
-    _many(connection, sa.insert(vouchers), fresh)
+    _many(connection, _add_vouchers, fresh)
 
 
 def _write_spent(connection: sa.Connection, before: Contents, after: Contents) -> None:
@@ -318,7 +353,7 @@ def _write_spent(connection: sa.Connection, before: Contents, after: Contents) -
         }
         for (scope, currency, period, start), spent in new
     ]
-    _many(connection, sa.insert(spending), rows)
+    _many(connection, _add_spent, rows)
 
 
 def _many(connection: sa.Connection, statement: sa.Executable, parameters: list[dict[str, Any]]) -> None:
