@@ -1,207 +1,216 @@
-"""Money over kill -9 of the real server, and through the vendors' SDKs: what was used is in the ledger, once."""
+"""Keys with roles, limits, budgets and balances through the vendors' SDKs: each client is refused in its vendor's own words."""
 
 import json
-import sqlite3
-import subprocess
-import sys
-import threading
-import time
 import urllib.error
 import urllib.request
-from contextlib import closing
 
 import anthropic
 import openai
 import pytest
 
-from tests.e2e.conftest import SCRIPTED
+from tests.e2e.money import FRESH, OUTPUT, READ, Books
+from tests.gemini_sdks import genai
 
 pytestmark = pytest.mark.e2e
-PRICED = SCRIPTED + '\n[billing.models]\nscripted = "kimi@2024-07-01/moonshot-v1-8k"\n'
-NANO_PER_TOKEN = 12_000
-LONG = {"model": "scripted", "messages": [{"role": "user", "content": "Tell me. " * 30}], "max_tokens": 700}
 SHORT = {"model": "scripted", "messages": [{"role": "user", "content": "Hello."}], "max_tokens": 4}
-WAIT_S = 60.0
+TEXT = "The tide tables of the harbour, page by page. " * 20
+NANO = 10**9
+CALLS_OF_A_MINUTE = 3
+CALLS = 2 * CALLS_OF_A_MINUTE + 1  # however they fall into two minutes, one is too much
 
 
-def keepwarm(data_dir, *words, check=True):
-    command = [sys.executable, "-m", "keepwarm", *words, "--data-dir", str(data_dir)]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+@pytest.fixture
+def books(tmp_path):
+    return Books(tmp_path)
 
 
-def new_key(data_dir, *options):
-    keepwarm(data_dir, "orgs", "create", "acme", *options)
-    return keepwarm(data_dir, "keys", "create", "ci", "--org", "acme").stdout.strip()
+@pytest.fixture
+def server(start, books):
+    return start(books.config, dev=False, data_dir=books.data_dir)
 
 
-def read(data_dir, query):
-    with closing(sqlite3.connect(data_dir / "keepwarm.db", timeout=WAIT_S)) as connection:
-        connection.row_factory = sqlite3.Row
-        return connection.execute(query).fetchall()
+class Callers:
+    """The same short turn by each vendor's client; the old names of Gemini's errors are in the body."""
 
+    def __init__(self, server, key):
+        self._key = key
+        self._url = server.url
+        self._kimi = server.client(key)
+        self._openai = server.client(key, "/openai/v1")
+        self._minimax = server.client(key, "/minimax/v1")
+        self._anthropic = anthropic.Anthropic(api_key=key, base_url=f"{server.url}/anthropic", max_retries=0)
+        self._google = genai.Client(api_key=key, http_options=genai.types.HttpOptions(base_url=server.url))
+        server.clients.append(self._anthropic)
 
-def has_blocked(blocker):
-    """Whether a turn holds money now; if so nobody but `blocker` writes from here on."""
-    blocker.execute("BEGIN IMMEDIATE")
-    if blocker.execute("SELECT * FROM holds").fetchall():
-        return True
-    blocker.execute("ROLLBACK")
-    return False
+    def kimi(self):
+        return self._kimi.chat.completions.create(**SHORT)
 
+    def openai(self):
+        return self._openai.chat.completions.with_raw_response.create(**SHORT)
 
-def until(found):
-    end = time.monotonic() + WAIT_S
-    while not (value := found()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.002)
-    return value
+    def minimax(self):
+        return self._minimax.chat.completions.create(**SHORT)
 
+    def anthropic(self):
+        return self._anthropic.messages.with_raw_response.create(**SHORT)
 
-def check_books(data_dir):
-    """Sums are those of the rows, every hold is closed once, and every amount follows from what was used."""
-    rows = read(data_dir, "SELECT * FROM ledger_rows")
-    (account,) = read(data_dir, "SELECT * FROM accounts")
-    for name in ("cash_nano", "voucher_nano", "held_nano"):
-        assert account[name] == sum(row[name] for row in rows)
-    assert account["held_nano"] == 0
-    assert read(data_dir, "SELECT * FROM holds") == []
-    held = {row["turn_id"]: row["held_nano"] for row in rows if row["kind"] == "hold"}
-    for turn_id, amount in held.items():
-        assert [-row["held_nano"] for row in rows if row["turn_id"] == turn_id and row["held_nano"] < 0] == [amount]
-    for row in rows:
-        if row["kind"] == "settle":
-            assert (
-                row["cash_nano"] + row["voucher_nano"]
-                == -(row["n_fresh"] + row["n_output"]) * NANO_PER_TOKEN - row["read_nano"]
-            )
-    verified = keepwarm(data_dir, "ledger", "verify")
-    assert "adds up" in verified.stdout + verified.stderr
+    def gemini(self):
+        return self._google.models.generate_content(
+            model="scripted", contents="Hello.", config={"max_output_tokens": 4}
+        )
 
-
-def test_killed_between_the_engines_end_and_the_settling_a_hold_expires_once(start, tmp_path):
-    data_dir = tmp_path / "data"
-    server = start(PRICED, dev=False, data_dir=data_dir)
-    key = new_key(data_dir)
-    assert server.client(key).chat.completions.create(**SHORT).choices
-    answers = []
-
-    def ask():
-        """Again and again, until one turn is caught in the middle."""
-        client = server.client(key)
-        while None not in answers:
-            try:
-                answers.append(client.chat.completions.create(**LONG))
-            except openai.APIError:
-                answers.append(None)
-
-    with closing(sqlite3.connect(data_dir / "keepwarm.db", timeout=WAIT_S, isolation_level=None)) as blocker:
-        asking = threading.Thread(target=ask)
-        asking.start()
-        until(lambda: has_blocked(blocker))
-        until(lambda: server.health()["engine"]["n_running"] == 0)
-        server.process.kill()
-        server.process.wait()
-        blocker.execute("ROLLBACK")
-    asking.join()
-    assert answers[-1] is None
-    with closing(sqlite3.connect(data_dir / "keepwarm.db", timeout=WAIT_S)) as connection, connection:
-        connection.execute("UPDATE holds SET expires_at = 0")  # its time passes
-    again = start(PRICED, dev=False, data_dir=data_dir)
-    until(lambda: not read(data_dir, "SELECT * FROM holds"))
-    kinds = [row["kind"] for row in read(data_dir, "SELECT kind FROM ledger_rows ORDER BY seq")]
-    assert kinds == ["hold", "settle"] * len(answers) + ["hold", "expire"]
-    assert again.client(key).chat.completions.create(**SHORT).choices
-    check_books(data_dir)
-
-
-def test_what_was_answered_before_a_kill_is_in_the_ledger(start, tmp_path):
-    data_dir = tmp_path / "data"
-    server = start(PRICED, dev=False, data_dir=data_dir)
-    key, answered = new_key(data_dir), []
-
-    def ask_on(client):
-        while True:
-            try:
-                told = client.chat.completions.create(**{**LONG, "max_tokens": 20})
-            except openai.APIError:
-                return
-            answered.append((told.id, told.usage))
-
-    for _ in range(2):
-        asking = [threading.Thread(target=ask_on, args=(server.client(key),)) for _ in range(4)]
-        for thread in asking:
-            thread.start()
-        n_before = len(answered)
-        until(lambda n_before=n_before: len(answered) > n_before + 8)
-        server.process.kill()
-        for thread in asking:
-            thread.join()
-        server = start(PRICED, dev=False, data_dir=data_dir)
-    server.stop()
-    with closing(sqlite3.connect(data_dir / "keepwarm.db", timeout=WAIT_S)) as connection, connection:
-        connection.execute("UPDATE holds SET expires_at = 0")
-    start(PRICED, dev=False, data_dir=data_dir)
-    until(lambda: not read(data_dir, "SELECT * FROM holds"))
-    settled = {row["turn_id"]: row for row in read(data_dir, "SELECT * FROM ledger_rows WHERE kind = 'settle'")}
-    for turn_id, usage in answered:
-        row = settled[turn_id]
-        assert row["n_fresh"] + row["n_read"] + row["n_write"] == usage.prompt_tokens
-        assert row["n_output"] == usage.completion_tokens
-    check_books(data_dir)
-
-
-def test_limits_and_budgets_reach_the_sdks_in_their_own_words(start, tmp_path):
-    data_dir = tmp_path / "data"
-    server = start(PRICED, dev=False, data_dir=data_dir)
-    key = new_key(data_dir, "--tier", "free")  # three requests a minute, one at a time
-    raw = server.client(key, "/openai/v1").chat.completions.with_raw_response.create(**SHORT)
-    assert raw.headers["x-ratelimit-limit-requests"] == "3"
-    claude = anthropic.Anthropic(api_key=key, base_url=f"{server.url}/anthropic", max_retries=0)
-    told = claude.messages.with_raw_response.create(**SHORT)
-    assert told.headers["anthropic-ratelimit-requests-limit"] == "3"
-    assert told.headers["anthropic-organization-id"] == "acme"
-    window = int(time.time() // 60)
-    caught = None
-    for _ in range(5):
+    def raw(self, path, body):
+        """Without an SDK: status and body."""
+        headers = {"authorization": f"Bearer {self._key}", "content-type": "application/json"}
+        wanted = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers)
         try:
-            server.client(key).chat.completions.create(**SHORT)
-        except openai.RateLimitError as error:
-            caught = error
-            break
-    if int(time.time() // 60) == window:  # else the minute has begun anew on the way
-        assert caught.body["type"] == "rate_limit_reached_error"
-        assert int(caught.response.headers["retry-after"]) <= 60
-    keepwarm(data_dir, "budgets", "set", "acme", "CNY", "total", "--hard", "0.0000001")
-    keepwarm(data_dir, "orgs", "create", "rich")
-    keepwarm(data_dir, "budgets", "set", "rich", "CNY", "total", "--hard", "0.0000001")
-    poor = keepwarm(data_dir, "keys", "create", "poor", "--org", "rich").stdout.strip()
-    with pytest.raises(openai.APIStatusError) as refused:
-        server.client(poor).chat.completions.create(**SHORT)
-    assert refused.value.body["type"] == "exceeded_current_quota_error"
-    with pytest.raises(openai.RateLimitError) as refused:
-        server.client(poor, "/openai/v1").chat.completions.create(**SHORT)
-    assert refused.value.body["code"] == "insufficient_quota"
-    claude = anthropic.Anthropic(api_key=poor, base_url=f"{server.url}/anthropic", max_retries=0)
-    with pytest.raises(anthropic.APIStatusError) as refused:
-        claude.messages.create(**SHORT)
-    assert refused.value.status_code == 402
-    url = f"{server.url}/v1beta/models/scripted:generateContent?key={poor}"
-    body = json.dumps({"contents": [{"role": "user", "parts": [{"text": "Hello."}]}]}).encode()
-    with pytest.raises(urllib.error.HTTPError) as http:
-        urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": "application/json"}))
-    assert json.loads(http.value.read())["error"]["status"] == "RESOURCE_EXHAUSTED"
+            with urllib.request.urlopen(wanted, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return refused.code, json.load(refused)
 
 
-def test_kimis_balance_follows_vouchers_and_use(start, tmp_path):
-    data_dir = tmp_path / "data"
-    server = start(PRICED, dev=False, data_dir=data_dir)
-    key = new_key(data_dir)
-    keepwarm(data_dir, "ledger", "voucher", "acme", "1", "CNY")
-    keepwarm(data_dir, "ledger", "grant", "acme", "2", "CNY")
-    told = server.client(key).chat.completions.create(**SHORT)
-    balance = server.client(key).get("/users/me/balance", cast_to=object)["data"]
-    cost = told.usage.total_tokens * NANO_PER_TOKEN / 1e9
-    assert balance["cash_balance"] == 2
-    assert balance["voucher_balance"] == pytest.approx(1 - cost)
-    assert balance["available_balance"] == pytest.approx(3 - cost)
-    check_books(data_dir)
+def several(ask, times):
+    for _ in range(times):
+        ask()
+
+
+def refused(kind, ask, times=1):
+    """The error that one of so many calls ends with."""
+    with pytest.raises(kind) as caught:
+        several(ask, times)
+    return caught.value
+
+
+def test_a_minutes_requests_are_told_in_headers_and_refused_in_each_vendors_words(server, books):
+    limits = json.dumps({"rpm": CALLS_OF_A_MINUTE, "tpd": 100_000})
+    callers = Callers(server, books.new_key("acme", "--limits", limits))
+    told = callers.openai().headers
+    assert told["x-ratelimit-limit-requests"] == str(CALLS_OF_A_MINUTE)
+    assert told["x-ratelimit-limit-tokens"] == "100000"
+    assert 0 <= int(told["x-ratelimit-remaining-requests"]) < CALLS_OF_A_MINUTE
+    assert told["x-ratelimit-reset-requests"].endswith("s")
+    told = refused(anthropic.RateLimitError, callers.anthropic, CALLS)
+    assert told.body["error"]["type"] == "rate_limit_error" and "RPM: 3" in told.body["error"]["message"]
+    headers = told.response.headers
+    assert 0 < int(headers["retry-after"]) <= 60
+    assert headers["anthropic-ratelimit-requests-limit"] == str(CALLS_OF_A_MINUTE)
+    assert headers["anthropic-ratelimit-requests-reset"].endswith("Z")
+    assert headers["anthropic-organization-id"] == "acme"
+    told = refused(openai.RateLimitError, callers.kimi, CALLS)
+    assert told.body["type"] == "rate_limit_reached_error"
+    assert told.body["message"].startswith("Your account acme<of-acme> request reached max organization RPM: 3")
+    assert 0 < int(told.response.headers["retry-after"]) <= 60
+    told = refused(openai.RateLimitError, callers.openai, CALLS)
+    assert (told.body["type"], told.body["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    told = refused(genai.errors.ClientError, callers.gemini, CALLS)
+    assert (told.code, told.status) == (429, "RESOURCE_EXHAUSTED")
+    (retry,) = [one for one in told.details["error"]["details"] if one["@type"].endswith("google.rpc.RetryInfo")]
+    assert retry["retryDelay"].endswith("s")
+    books.check()
+
+
+def test_tokens_that_no_wait_would_help_with_are_an_error_and_not_a_limit(server, books):
+    key = books.new_key("acme", "--limits", '{"tpm": 20}')
+    told = refused(openai.BadRequestError, Callers(server, key).kimi)
+    assert "20" in told.body["message"]
+    assert books.rows() == []
+
+
+def empty_balance(books):
+    return books.new_key("acme", "--prepaid")
+
+
+def small_budget(books):
+    key = books.new_key("acme")
+    books.run("budgets", "set", "acme", "USD", "total", "--hard", "0.000001")
+    return key
+
+
+@pytest.mark.parametrize("poor", [empty_balance, small_budget])
+def test_without_money_each_vendors_client_is_told_so_in_its_own_words(server, books, poor):
+    callers = Callers(server, poor(books))
+    told = refused(openai.RateLimitError, callers.kimi)
+    assert told.body["type"] == "exceeded_current_quota_error"
+    for ask in (callers.openai, callers.minimax):
+        told = refused(openai.RateLimitError, ask)
+        assert (told.body["type"], told.body["code"]) == ("insufficient_quota", "insufficient_quota")
+    told = refused(anthropic.APIStatusError, callers.anthropic)
+    assert (told.status_code, told.body["error"]["type"]) == (402, "billing_error")
+    told = refused(genai.errors.ClientError, callers.gemini)
+    assert (told.code, told.status) == (429, "RESOURCE_EXHAUSTED")
+    status, told = callers.raw("/v1/chat/completions", SHORT | {"stream": True})
+    assert (status, told["error"]["type"]) == (429, "exceeded_current_quota_error")
+    assert books.rows() == []  # nothing ran, and nothing is held
+    if poor is empty_balance:
+        books.run("ledger", "grant", "acme", "1", "USD")
+        assert callers.kimi().choices
+        books.check()
+
+
+def test_a_budget_of_one_key_stops_that_key_alone(server, books):
+    first = books.new_key("acme")
+    second = books.run("keys", "create", "second", "--org", "acme")
+    key_id = str(json.loads(books.run("keys", "list", "--org", "acme", "--json"))[0]["id"])
+    books.run("budgets", "set", "acme", "USD", "day", "--key", key_id, "--hard", "0.000001")
+    assert refused(openai.RateLimitError, Callers(server, first).kimi).body["type"] == "exceeded_current_quota_error"
+    assert Callers(server, second).kimi().choices
+    books.check()
+
+
+def test_a_read_only_key_may_look_and_runs_nothing(server, books):
+    books.new_key("acme")
+    looking = books.run("keys", "create", "looks", "--org", "acme", "--role", "read-only")
+    callers = Callers(server, looking)
+    assert server.client(looking).models.list().data
+    for ask, kind in ((callers.kimi, openai.PermissionDeniedError), (callers.openai, openai.PermissionDeniedError)):
+        refused(kind, ask)
+    refused(anthropic.PermissionDeniedError, callers.anthropic)
+    assert refused(genai.errors.ClientError, callers.gemini).code == 403
+    assert books.rows() == []
+
+
+def ledger_of(books, turn_id):
+    (row,) = [row for row in books.rows("settle") if row["turn_id"] == turn_id]
+    return row
+
+
+def test_each_sdk_is_told_what_the_ledger_has(server, books):
+    callers = Callers(server, books.new_key("acme"))
+    for ask in (callers.kimi, callers.minimax):
+        answer = ask()
+        row = ledger_of(books, answer._request_id)
+        assert answer.usage.prompt_tokens == row["n_fresh"] + row["n_read"] + row["n_write"]
+        assert answer.usage.completion_tokens == row["n_output"]
+        assert answer.usage.prompt_tokens_details.cached_tokens == row["n_read"]
+    answer = callers.anthropic()
+    usage, row = answer.parse().usage, ledger_of(books, answer.headers["x-request-id"])
+    assert (usage.input_tokens, usage.output_tokens) == (row["n_fresh"], row["n_output"])
+    assert (usage.cache_read_input_tokens, usage.cache_creation_input_tokens) == (row["n_read"], row["n_write"])
+    answer = callers.gemini()
+    row = ledger_of(books, books.rows("settle")[-1]["turn_id"])
+    assert row["dialect"] == "gemini"
+    assert answer.usage_metadata.prompt_token_count == row["n_fresh"] + row["n_read"] + row["n_write"]
+    assert answer.usage_metadata.candidates_token_count == row["n_output"]
+    books.check()
+
+
+def test_kimis_balance_follows_vouchers_cash_and_use(server, books):
+    key = books.new_key("acme")
+    client = server.client(key)
+    voucher_nano = 2_000_000
+    books.run("ledger", "voucher", "acme", str(voucher_nano / NANO), "USD")
+    books.run("ledger", "grant", "acme", "2", "USD")
+    taken = 0
+    for _ in range(3):
+        body = {"model": "scripted", "messages": [{"role": "system", "content": TEXT}], "max_tokens": 4}
+        usage = client.chat.completions.create(**body).usage
+        taken += (usage.prompt_tokens - usage.cached_tokens) * FRESH + usage.cached_tokens * READ
+        taken += usage.completion_tokens * OUTPUT
+        balance = client.get("/users/me/balance", cast_to=object)["data"]
+        assert round(balance["voucher_balance"] * NANO) == max(0, voucher_nano - taken)
+        assert round(balance["cash_balance"] * NANO) == 2 * NANO - max(0, taken - voucher_nano)
+        assert round(balance["available_balance"] * NANO) == 2 * NANO + voucher_nano - taken
+    assert taken > voucher_nano, "the voucher was to be used up"
+    books.check()
