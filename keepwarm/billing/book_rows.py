@@ -107,6 +107,7 @@ class Concern(Struct):
     turn_ids: set[str]
     organisations: set[str]
     digests: set[bytes]
+    is_held_asked: bool = False  # whether something is decided by what open turns hold
 
 
 def concern_of(acts: Iterable[Act]) -> Concern:
@@ -116,6 +117,7 @@ def concern_of(acts: Iterable[Act]) -> Concern:
         match act:
             case Hold():
                 found.row_ids.add(f"{act.turn_id}/hold")
+                found.is_held_asked = True
             case Settlement():
                 found.row_ids.add(f"{act.turn_id}/settle")
                 found.turn_ids.add(act.turn_id)
@@ -218,7 +220,7 @@ def _opened(
         holds={hold.turn_id: hold for hold in open_holds},
         budgets=own_budgets,
         spent=spent,
-        held=_read_held(connection, set(own_budgets)),
+        held=_read_held(connection, set(own_budgets)) if concern.is_held_asked else None,
         repeats=attempts,
         known={row.id for row in _read(connection, _known, concern.row_ids)},
     )

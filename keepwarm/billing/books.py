@@ -84,7 +84,8 @@ class Attempts(Struct, frozen=True):
 
 class Contents(Struct):
     """What books have before them. `accounts` and `vouchers` must be complete for every organisation concerned, `budgets`
-    too; `spent` and `held` for every budget; `holds` and `repeats` for every act; `known` row ids that acts may repeat.
+    too; `spent` for every budget, and `held` unless it is None: then no act asks how a budget stands; `holds` and `repeats`
+    for every act; `known` row ids that acts may repeat.
     """
 
     accounts: dict[AccountKey, Account]
@@ -92,13 +93,22 @@ class Contents(Struct):
     holds: dict[str, OpenHold]
     budgets: dict[str, tuple[Budget, ...]]  # by organisation
     spent: dict[SpentKey, int]
-    held: dict[tuple[str, str], int]  # by scope and currency
+    held: dict[tuple[str, str], int] | None  # by scope and currency
     repeats: dict[RepeatKey, Attempts]
     known: set[str]
 
     def copy(self) -> "Contents":
         """Of the containers; what is in them is never changed."""
-        return Contents(*(type(part)(part) for part in (getattr(self, name) for name in self.__struct_fields__)))
+        return Contents(
+            accounts=dict(self.accounts),
+            vouchers=dict(self.vouchers),
+            holds=dict(self.holds),
+            budgets=dict(self.budgets),
+            spent=dict(self.spent),
+            held=None if self.held is None else dict(self.held),
+            repeats=dict(self.repeats),
+            known=set(self.known),
+        )
 
 
 class Books:
@@ -138,7 +148,8 @@ class Books:
         attempts = None if act.repeat is None else self._attempt(act, act.repeat)
         amount = max(0, act.amount_nano - _paid(attempts, currency))
         self._lapse(payer.organisation, currency)
-        states = self._budgets_of(payer.organisation, payer.project, payer.key_id, currency)
+        own = self._budgets_of(payer.organisation, payer.project, payer.key_id, currency)
+        states = [self.state(budget) for budget in own]
         self._check_room(act, amount, states)
         hold = OpenHold(
             act.turn_id,
@@ -282,10 +293,9 @@ class Books:
         self._lapse(row.organisation, row.currency)
         from_vouchers = self._from_vouchers((row.organisation, row.currency), amount)
         if amount:
-            for state in self._budgets_of(row.organisation, row.project, row.key_id, row.currency):
-                budget = state.budget
-                key = (budget.scope.text, budget.currency, budget.period, state.period_start)
-                self.at.spent[key] = state.spent_nano + amount
+            for budget in self._budgets_of(row.organisation, row.project, row.key_id, row.currency):
+                key = self._spent_key(budget)
+                self.at.spent[key] = self.at.spent.get(key, 0) + amount
         self._add(replace(row, voucher_nano=-from_vouchers, cash_nano=from_vouchers - amount))
 
     def _from_vouchers(self, key: AccountKey, amount: int) -> int:
@@ -340,6 +350,8 @@ class Books:
         return hold
 
     def _count_held(self, hold: OpenHold, amount: int) -> None:
+        if self.at.held is None:
+            return
         for scope in scopes_of(hold.organisation, hold.project, hold.key_id):
             key = (scope, hold.currency)
             self.at.held[key] = self.at.held.get(key, 0) + amount
@@ -358,20 +370,22 @@ class Books:
         )
         self._add(row)
 
-    def _budgets_of(
-        self, organisation: str, project: str | None, key_id: int | None, currency: str
-    ) -> list[BudgetState]:  # fmt: skip
+    def _budgets_of(self, organisation: str, project: str | None, key_id: int | None, currency: str) -> list[Budget]:
         budgets = self.at.budgets.get(organisation)
         if not budgets:
             return []
         scopes = scopes_of(organisation, project, key_id)
-        return [self.state(one) for one in budgets if one.currency == currency and one.scope.text in scopes]
+        return [one for one in budgets if one.currency == currency and one.scope.text in scopes]
 
     def state(self, budget: Budget) -> BudgetState:
         """How a budget stands now."""
-        start, scope = period_start(budget.period, self._now), budget.scope.text
-        spent = self.at.spent.get((scope, budget.currency, budget.period, start), 0)
-        return BudgetState(budget, start, spent, self.at.held.get((scope, budget.currency), 0))
+        assert self.at.held is not None, "what is held was not read"
+        key = self._spent_key(budget)
+        held = self.at.held.get((budget.scope.text, budget.currency), 0)
+        return BudgetState(budget, key[-1], self.at.spent.get(key, 0), held)
+
+    def _spent_key(self, budget: Budget) -> SpentKey:
+        return (budget.scope.text, budget.currency, budget.period, period_start(budget.period, self._now))
 
     def _remembered(self, payer: Payer, repeat: Repeat) -> Attempts | None:
         attempts = self.at.repeats.get((payer.organisation, repeat.key_digest))

@@ -277,7 +277,7 @@ def _overdue(connection: sa.Connection, now: float, hold_s: float) -> Books:
 
 
 def _of(organisation: str, connection: sa.Connection, now: float, hold_s: float) -> Books:
-    return open_books(connection, Concern(set(), set(), {organisation}, set()), now, hold_s)
+    return open_books(connection, Concern(set(), set(), {organisation}, set(), is_held_asked=True), now, hold_s)
 
 
 def _set_budget(clock: Clock, budget: Budget, connection: sa.Connection) -> None:
