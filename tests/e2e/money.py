@@ -159,10 +159,10 @@ def check_use(row):
         assert row["uncached_nano"] == n_prompt * FRESH + row["n_output"] * OUTPUT
 
 
-def until(found):
+def until(found, every_s=POLL_S):
     """What `found` gives once that is true."""
     end = time.monotonic() + WAIT_S
     while not (value := found()):
         assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(POLL_S)
+        time.sleep(every_s)
     return value

@@ -130,6 +130,39 @@ def test_every_answer_that_was_read_is_in_the_ledger_whenever_the_server_is_kill
     )  # sent again after a kill, paid once
 
 
+def stopped_before_ready(books, client, blocker):
+    """An object whose making is charged and which nobody but `blocker` can write is ready. None: that was too quick."""
+    body = {"model": "scripted", "messages": [{"role": "system", "content": context(SEED, 20)}]}
+    cache_id = client.post("/caching", body=body, cast_to=object)["id"]
+    mine = (cache_id,)
+    charged = "SELECT 1 FROM ledger_rows WHERE kind = 'creation' AND object_id = ?"
+    until(lambda: blocker.execute(charged, mine).fetchone(), every_s=0)
+    blocker.execute("BEGIN IMMEDIATE")
+    (status,) = blocker.execute("SELECT status FROM cache_objects WHERE id = ?", mine).fetchone()
+    if status == "pending":
+        return cache_id
+    blocker.execute("ROLLBACK")
+    return None
+
+
+def test_killed_between_an_objects_charge_and_its_being_ready_it_is_paid_once(begin, books):
+    server = begin()
+    key = books.new_key("acme")
+    client = server.client(key)
+    with books.open() as blocker:
+        cache_id = until(lambda: stopped_before_ready(books, client, blocker))
+        server.kill()
+        blocker.execute("ROLLBACK")
+    client = begin().client(key)
+    until(lambda: all_ready(client, [cache_id]))
+    listed = [one["id"] for one in client.get("/caching?limit=1000", cast_to=object)["data"]]
+    for each in listed:
+        client.delete(f"/caching/{each}", cast_to=object)
+    assert Counter(row["object_id"] for row in books.rows("creation")) == Counter(listed)
+    assert Counter(meter["object_id"] for meter in books.check_storage()) == Counter(listed)
+    books.check()
+
+
 def create_on(client, seed, made):
     """Objects, until the server is gone; `made` are those that were acknowledged."""
     for i in range(N_OBJECTS):

@@ -120,11 +120,12 @@ def test_counts_are_the_same_everywhere_and_everything_adds_up(start, tmp_path, 
                 assert answer.status == 400 and answer.turn_id not in settled
                 seen["refused"] += 1
         n_repeated += check_repeats(settled, answers[client])
+    seen["released"] = len(books.rows("release"))
     seen["left"] = sum(row["status"] == "client_closed" for row in settled.values())
     known = {answer.turn_id for each in answers.values() for answer in each}
     n_unknown = sum(answer.turn_id is None for each in answers.values() for answer in each)
     assert len(settled.keys() - known) <= n_unknown, "a turn nobody asked for"
-    for name in (*DIALECTS, "read", "written", "object", "refused", "left"):
+    for name in (*DIALECTS, "read", "written", "object", "refused", "released", "left"):
         assert seen[name], f"the traffic had none: {name}"
     assert n_repeated
     for name, key in keys.items():

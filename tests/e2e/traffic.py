@@ -9,6 +9,7 @@ N_PROMPT_MAX = 2600  # bytes, each of which the scripted model takes as a token
 TEXTS = ("The tide tables of the harbour, page by page. ", "Grain and letters, counted twice. ", "All lamps by night. ")
 QUESTIONS = ("How many ships?", "Who counts them, and why twice a day? Answer in full.", "When?")
 MARKS = (None, {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"})
+REFUSED = 0.04
 DIALECTS = ("kimi", "openai", "minimax", "anthropic", "gemini")
 PATHS = {"kimi": "/v1", "openai": "/openai/v1", "minimax": "/minimax/v1"}
 
@@ -62,7 +63,7 @@ class Traffic:
         dialect = chance.choice(DIALECTS)
         n_repeats = chance.randrange(1, 45)
         text = (chance.choice(TEXTS) * n_repeats)[:N_PROMPT_MAX]
-        if chance.random() < 0.04:
+        if chance.random() < REFUSED:
             text = TEXTS[0] * 400  # beyond the window: refused before any work
         ask = {"anthropic": self._anthropic, "gemini": self._gemini}.get(dialect, self._chat)(dialect, text)
         if ask.leave_after is None and chance.random() < 0.3:
@@ -113,6 +114,8 @@ class Traffic:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if dialect != "minimax" and chance.random() < 0.3:
             body |= {"n": chance.randrange(2, 4), "temperature": 0.9}
+        if chance.random() < REFUSED:
+            body |= {"response_format": {"type": "json_object"}}  # which the scripted model refuses, after the hold
         return Ask(dialect, f"{PATHS[dialect]}/chat/completions", body, shape, {}, self._leave(shape))
 
     def _anthropic(self, dialect, text):
