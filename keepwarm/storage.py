@@ -1,10 +1,11 @@
 """The database, SQLite or PostgreSQL, through SQLAlchemy Core: one worker thread, one transaction at a time.
 
 What is promised, of both: when `run` returns, the transaction is on the disk (SQLite: WAL with synchronous=FULL;
-PostgreSQL: synchronous_commit), so a row that was acknowledged survives `kill -9` and a power cut. A call whose awaiter
-was cancelled has been applied whole or not at all. And no other transaction that writes to this database, also of another
-process, runs beside one: what a transaction has read is still so when it writes. SQLite begins IMMEDIATE for that; on
-PostgreSQL each transaction first takes one advisory lock, and reads what was committed before it got it (docs/storage.md).
+PostgreSQL: synchronous_commit), so a row that was acknowledged survives `kill -9` and a power cut; `run(…, on_disk=False)` is
+for what need only survive the first. A call whose awaiter was cancelled has been applied whole or not at all. And no other
+transaction that writes to this database, also of another process, runs beside one: what a transaction has read is still so
+when it writes. SQLite begins IMMEDIATE for that; on PostgreSQL each transaction first takes one advisory lock, and reads what
+was committed before it got it (docs/storage.md).
 `read` is for who only looks: it waits for no other process, and sees what was committed at one moment, its first statement's.
 
 Text and order are the database's own, so SQL here goes by what both do. One difference concerns who writes SQL: after a
@@ -40,6 +41,7 @@ DATABASE_NAME = "keepwarm.db"
 MIGRATIONS = Path(__file__).parent / "migrations"
 JOBS_MAX = 256  # calls handed to the worker thread; more wait before it. Four times the turns admitted by default
 RETRY_AFTER_S = 1
+WAL_TRIES = 100  # processes that open a new file at the same moment
 STATEMENT_S_MAX = 30  # of one statement on PostgreSQL, and of the pause between two: whoever hangs lets the others in
 LOCK = int.from_bytes(b"keepwarm")  # the advisory lock of all transactions; such locks are per database
 DRIVER = "postgresql+psycopg"
@@ -64,16 +66,28 @@ def database(database_url: str, data_dir: str | Path) -> Path | str:
 
 
 class Begins(Struct, frozen=True):
-    """The statements that begin a transaction: one that may write, and one that only looks."""
+    """The statements that begin a transaction, one round trip each.
 
-    to_write: str
-    to_read: str
+    `to_keep` is for one whose commit waits for the disk, `to_write` for one whose commit does not. Both databases write their
+    log in order, so a commit that waits takes all before it along.
+    """
+
+    to_keep: tuple[str, ...]
+    to_write: tuple[str, ...]
+    to_read: tuple[str, ...]
 
 
-SQLITE = Begins("BEGIN IMMEDIATE", "BEGIN DEFERRED")
+_POSTGRESQL_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+_POSTGRESQL_LOCK = f"SELECT pg_advisory_xact_lock({LOCK})"
+SQLITE = Begins(
+    ("PRAGMA synchronous=FULL", "BEGIN IMMEDIATE"),  # not to be set within a transaction
+    ("PRAGMA synchronous=NORMAL", "BEGIN IMMEDIATE"),
+    ("BEGIN DEFERRED",),
+)
 POSTGRESQL = Begins(
-    f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SELECT pg_advisory_xact_lock({LOCK})",
-    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+    (f"{_POSTGRESQL_WRITE}; {_POSTGRESQL_LOCK}",),
+    (f"{_POSTGRESQL_WRITE}; SET LOCAL synchronous_commit = off; {_POSTGRESQL_LOCK}",),
+    ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",),
 )
 
 
@@ -109,15 +123,18 @@ class Storage:
             raise StorageError(f"cannot use database {shown}: {_reason(exc)}; {remedy}") from exc
         return storage
 
-    async def run(self, fn: Callable[[sa.Connection], T]) -> T:
+    async def run(self, fn: Callable[[sa.Connection], T], *, on_disk: bool = True) -> T:
         """Run `fn` in one transaction: committed when this returns, rolled back when `fn` raises.
+
+        Without `on_disk` it does not wait for the disk: it is kept when this process is killed, but a power cut (of
+        PostgreSQL: its crash) may undo it. Where anything later is still there afterwards, so is this.
 
         Raises what `fn` raises, and ApiError: OVERLOADED when another process kept the database locked for too long or
         when PostgreSQL cannot be reached; INVALID_REQUEST for text that PostgreSQL cannot keep. When the connection is
         lost during the call, whether the transaction took effect is not known.
         """
         async with self._room:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, self._transact, fn)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, self._transact, fn, on_disk)
 
     async def read(self, fn: Callable[[sa.Connection], T]) -> T:
         """Run `fn`, which only looks, on what was committed when its first statement began; others may write meanwhile.
@@ -136,8 +153,8 @@ class Storage:
         self._worker.shutdown(wait=True)
         self._engine.dispose()
 
-    def _transact(self, fn: Callable[[sa.Connection], T]) -> T:
-        with self._begun(self._begins.to_write) as connection:
+    def _transact(self, fn: Callable[[sa.Connection], T], on_disk: bool = True) -> T:
+        with self._begun(self._begins.to_keep if on_disk else self._begins.to_write) as connection:
             result = fn(connection)
             connection.commit()
             return result
@@ -149,16 +166,16 @@ class Storage:
             return result
 
     @contextmanager
-    def _begun(self, statement: str) -> Iterator[sa.Connection]:
+    def _begun(self, statements: tuple[str, ...]) -> Iterator[sa.Connection]:
         """A connection in a transaction. One that was lost since the last call is replaced: nothing was under way."""
         begun = False
         try:
             try:
-                opened = self._begin(statement)
+                opened = self._begin(statements)
             except sa.exc.DBAPIError as exc:
                 if not exc.connection_invalidated:
                     raise
-                opened = self._begin(statement)
+                opened = self._begin(statements)
             with opened as connection:
                 begun = True
                 yield connection
@@ -168,11 +185,12 @@ class Storage:
                 raise
             raise error from exc
 
-    def _begin(self, statement: str) -> sa.Connection:
+    def _begin(self, statements: tuple[str, ...]) -> sa.Connection:
         connection = self._engine.connect()
         try:
             connection.begin()  # of SQLAlchemy: the driver begins nothing by itself
-            connection.exec_driver_sql(statement, execution_options=NO_PARAMETERS)
+            for statement in statements:
+                connection.exec_driver_sql(statement, execution_options=NO_PARAMETERS)
         except sa.exc.DBAPIError:
             connection.close()
             raise
@@ -199,8 +217,27 @@ def _sqlite(path: Path, busy_s: float) -> sa.Engine:
         poolclass=sa.StaticPool,
         hide_parameters=True,  # rows hold what clients wrote, and errors are logged
     )
-    _prepare(engine, tuple(f"PRAGMA {it}" for it in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")))
+    sa.event.listen(engine, "connect", _to_wal)
+    _prepare(engine, ("PRAGMA foreign_keys=ON",))
     return engine
+
+
+def _to_wal(dbapi: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Make the file's log a WAL, once and for all. Beside another process that does, SQLite refuses at once."""
+    cursor = dbapi.cursor()
+    try:
+        for n_left in reversed(range(WAL_TRIES)):
+            try:
+                cursor.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode != sqlite3.SQLITE_BUSY or not n_left:
+                    raise
+                cursor.execute("BEGIN IMMEDIATE")  # waits for it, and for as long as any transaction does
+                cursor.execute("ROLLBACK")
+            else:
+                return
+    finally:
+        cursor.close()
 
 
 def _postgresql(database_url: str, busy_s: float) -> sa.Engine:

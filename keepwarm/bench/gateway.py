@@ -119,6 +119,7 @@ def run(n_requests: int, console: Console) -> Report[Samples]:
         ):
             console.print(f"{cores}; {BODY_BYTES:,} bytes a request", highlight=False)
             model, latency, throughput = runner.run(_measure(n_requests, console, clock, server))
+        # Not before that server is gone and we are on all cores again: what we start inherits ours.
         n_turns = max(1, n_requests // N_PARTS)
         body = partial(sized_body, n_bytes=BODY_BYTES, stream=False)
         with console.status("measuring keys, limits and ledger"):

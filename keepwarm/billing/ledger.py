@@ -1,7 +1,8 @@
 """The ledger: holds, charges and credit in the database, many calls in one transaction.
 
 Turns hand their acts to one worker (`work`), which does all that wait together: one transaction, and one wait for the
-disk, for a group. A call returns when its act is on the disk. All that acts depend on is read in the transaction they are
+disk, for a group. A call returns when its act is on the disk; a hold and a release do not wait for that, only outlive the
+process: a power cut that undoes them has ended their turn too. All that acts depend on is read in the transaction they are
 done in, and `Storage` lets only one be open at a time, of all processes on the database: so no two acts of any process
 decide by the same balance. What the operator does (credit, budgets) is a transaction of its own and needs no worker.
 
@@ -212,7 +213,9 @@ class Ledger:
 
     async def _do(self, group: list[tuple[Act, asyncio.Future[tuple[Excess, ...]]]]) -> None:
         try:
-            answers = await self._storage.run(partial(self._apply, [act for act, _ in group]))
+            acts = [act for act, _ in group]
+            on_disk = any(isinstance(act, Settlement | Creation) for act in acts)
+            answers = await self._storage.run(partial(self._apply, acts), on_disk=on_disk)
         except Exception as exc:  # noqa: BLE001 - it is raised where the act was asked for
             is_busy = isinstance(exc, ApiError) and exc.kind is ErrorKind.OVERLOADED
             if len(group) == 1 or is_busy:

@@ -71,6 +71,13 @@ def test_a_database_that_does_not_wait_for_the_disk_is_made_to(postgresql_url: s
     storage.close()
 
 
+async def test_a_commit_waits_for_the_disk_unless_it_need_not(storage: Storage) -> None:
+    def level(connection: sa.Connection) -> str:
+        return str(connection.exec_driver_sql("SHOW synchronous_commit").scalar_one())
+
+    assert [await storage.run(level, on_disk=on_disk) for on_disk in (True, False, True)] == ["on", "off", "on"]
+
+
 def test_isolation_and_writing_do_not_hang_on_the_databases_defaults(postgresql_url: str) -> None:
     """Under repeatable read a transaction would read what was there before it got the lock."""
     with psycopg.connect(postgresql_url) as connection:

@@ -50,12 +50,14 @@ class Flaky:
         self.storage = storage
         self.n_busy = n_busy
         self.n_run = 0
+        self.on_disk: list[bool] = []
 
-    async def run(self, fn: Callable[[sa.Connection], T]) -> T:
+    async def run(self, fn: Callable[[sa.Connection], T], *, on_disk: bool = True) -> T:
         self.n_run += 1
+        self.on_disk.append(on_disk)
         if self.n_run <= self.n_busy:
             raise ApiError(ErrorKind.OVERLOADED, "the database is locked by another process; retry", retry_after_s=1)
-        return await self.storage.run(fn)
+        return await self.storage.run(fn, on_disk=on_disk)
 
 
 async def test_a_turn_is_held_and_settled(storage: Storage, clock: FakeClock) -> None:
@@ -104,6 +106,18 @@ async def test_what_waits_together_is_one_transaction_and_one_refusal_refuses_no
     assert [n for n, one in enumerate(found) if one != ()] == [3]
     assert found[3].kind is ErrorKind.QUOTA_EXCEEDED
     assert flaky.n_run == 2
+
+
+async def test_charges_wait_for_the_disk_and_holds_only_beside_them(storage: Storage, clock: FakeClock) -> None:
+    told = Flaky(storage, 0)
+    async with at_work(told, clock) as ledger:
+        await ledger.hold(hold_of("t", 80))
+        await ledger.release("t")
+        await asyncio.gather(ledger.hold(hold_of("u", 80)), ledger.settle(settlement_of("v", 31)))
+        await ledger.settle(settlement_of("u", 31))
+        await ledger.charge_creation(Creation("c", PAYER, "cache-1", "kimi", "m", PRICED, 10, Charge(creation=5)))
+        await ledger.grant("acme", "CNY", 1000, "paid")
+    assert told.on_disk == [False, False, True, True, True, True]
 
 
 async def test_an_act_that_cannot_be_written_fails_alone(clock: FakeClock, storage: Storage) -> None:
