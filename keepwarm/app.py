@@ -37,7 +37,7 @@ from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine.local import EngineFault, LocalEngine, open_tokenizer
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.auth import Auth, DevAuth, KeyAuth
-from keepwarm.gateway.billing import Billing
+from keepwarm.gateway.billing import COUNTS_S_MAX, Billing
 from keepwarm.gateway.breakpoints import Breakpoints
 from keepwarm.gateway.caching import Caching
 from keepwarm.gateway.documents import Documents
@@ -66,6 +66,7 @@ from keepwarm.telemetry import Log, configure
 
 STOP_S = 10.0  # running turns may end by themselves for this long after a signal, then they get an error
 STOP_REST_S = 5.0  # for the errors to go out
+SETTLE_S = COUNTS_S_MAX + 2.0  # then for turns that were given up to tell what they used, and for the ledger
 HOLD_REST_S = 60.0  # a hold outlives the longest turn by so much: its settling may have to wait for the database
 BACKLOG = 2048
 
@@ -212,7 +213,7 @@ async def gateway(
             finally:
                 turns.stop()
                 with contextlib.suppress(TimeoutError):  # what is not settled by then is held, and expires
-                    async with asyncio.timeout(STOP_REST_S):
+                    async with asyncio.timeout(SETTLE_S):
                         await turns.drained()
                 for task in background:
                     task.cancel()

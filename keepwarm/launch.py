@@ -21,7 +21,7 @@ LOG_NAME = "server.log"
 LOG_TAIL_LINES = 10
 POLL_S = 0.1
 READY_S_MAX = 900.0  # the first start prepares the model and measures the machine
-STOP_S_MAX = 20.0
+STOP_S_MAX = 30.0
 REQUEST_S_MAX = 10.0
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 

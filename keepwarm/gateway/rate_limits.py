@@ -196,13 +196,12 @@ class RateLimits:
                 if not await self._windows.test(window.item, *window.names, cost=n):
                     return window
             for window in windows:
-                fits = await self._windows.hit(window.item, *window.names, cost=n)
-                taken.append(window)
-                if not fits:
+                taken.append(window)  # first: what has been sent arrives, also when we are cancelled meanwhile
+                if not await self._windows.hit(window.item, *window.names, cost=n):
                     await self._add(taken, -n)
                     return window
         except StorageError as exc:
-            await self._add(taken, -n)
+            await self._add(taken[:-1], -n)
             raise self._fault(exc) from exc
         except BaseException:  # cancelled: only to give back
             await self._add(taken, -n)

@@ -322,23 +322,27 @@ async def test_a_store_that_fails_half_way_gets_back_what_it_gave(rates: RateLim
     assert await left(rates, acme) == (None, 100, 1000)
 
 
-async def test_a_turn_cancelled_while_it_is_admitted_gives_back_what_it_took(rates: RateLimits) -> None:
+@pytest.mark.parametrize("at", ["tpm", "tpd"])
+async def test_a_turn_cancelled_while_it_is_admitted_gives_back_what_it_took(rates: RateLimits, at: str) -> None:
+    """Also what the store has counted and not answered yet."""
     acme = limited(tpm=100, tpd=1000)
-    counters, stuck = rates._counters, asyncio.Event()
+    counters, counted = rates._counters, asyncio.Event()
     incr = counters.incr
 
     async def slow(key: str, expiry: int, amount: int = 1) -> int:
-        if "/tpd/" in key:
-            stuck.set()
+        found = await incr(key, expiry, amount)
+        if f"/{at}/" in key and amount > 0:
+            counted.set()
             await asyncio.Event().wait()
-        return await incr(key, expiry, amount)
+        return found
 
     counters.incr = slow  # type: ignore[method-assign]
     async with asyncio.TaskGroup() as tasks:
         turn = tasks.create_task(begin(rates, acme, 40))
-        await stuck.wait()
-        assert await left(rates, acme) == (None, 60, 1000)
+        await counted.wait()
+        assert await left(rates, acme) == (None, 60, 1000 if at == "tpm" else 960)
         turn.cancel()
+    assert turn.cancelled()
     assert await left(rates, acme) == (None, 100, 1000)
 
 
