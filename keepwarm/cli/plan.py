@@ -7,7 +7,8 @@ of it touches a server or its data directory.
 import csv
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from keepwarm.cli.failure import fail
 from keepwarm.cli.options import ConfigFile, ModelFile, configured
 from keepwarm.config import Config
 from keepwarm.core.clock import SystemClock
+from keepwarm.engine import Tokenizer
 from keepwarm.engine.local import EngineFault, open_tokenizer
 from keepwarm.planner import PlanError
 from keepwarm.planner.plan import SCHEMES, MarkRow, Plan, Row, Scheme, planned
@@ -74,7 +76,7 @@ def plan(  # noqa: PLR0913 - a command has the options it has
     """Replay a log of requests against every caching scheme and print hit rates, costs and the marks that pay.
 
     Knows logs of OpenAI's and Anthropic's request bodies with their times, a line of JSON each, and the traces that
-    `keepwarm replay` knows.
+    `keepwarm replay` knows, and traces of whole prompts as texts, which LMCache publishes of agents.
     """
     config = configured(config_file, model, None)
     console = _console()
@@ -120,27 +122,42 @@ def _shown(schemes: Sequence[Scheme], given: Sequence[str], base: str, config: C
 
 def _traffic(path: Path, config: Config, *, strict: bool) -> Traffic:
     log = importlib.import_module("keepwarm.planner.log")  # here: it loads templates and tokenisation
+    texts = importlib.import_module("keepwarm.planner.texts")
     bounds = log.Bounds()
+    if texts.is_text_trace(path):
+        with _reading(path) as on_bytes:
+            found: Traffic = texts.text_traffic(path, _tokenizer(config).encode_plain, bounds, on_bytes)
+        return found
     if log.is_trace(path):
         traced: Traffic = log.trace_traffic(path, bounds)
         return traced
     bodies = importlib.import_module("keepwarm.planner.bodies")
     try:
-        rendering = bodies.Bodies(open_tokenizer(config), config.limits)
+        rendering = bodies.Bodies(_tokenizer(config), config.limits)
     except ValueError as exc:
         raise PlanError(f"the model's chat template cannot be used: {exc}") from exc
-    except EngineFault as exc:
-        raise PlanError(f"requests are split by the model's tokenizer: {exc}") from exc
-    with _progress() as progress:
-        task = progress.add_task("reading", total=path.stat().st_size)
-        found: Traffic
-        found, skipped = log.log_traffic(
-            path, rendering.rendered, bounds, strict=strict, on_bytes=lambda n: progress.advance(task, n)
-        )
+    with _reading(path) as on_bytes:
+        found, skipped = log.log_traffic(path, rendering.rendered, bounds, strict=strict, on_bytes=on_bytes)
     if skipped.n_lines:
         message = f"keepwarm: {skipped.n_lines:,} lines of {path} were skipped; {' '.join(skipped.first.split())}"
         typer.echo(message, err=True)
     return found
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    try:
+        return open_tokenizer(config)
+    except EngineFault as exc:
+        raise PlanError(f"requests are split by the model's tokenizer: {exc}") from exc
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Callable[[int], None]]:
+    """A bar while a file, or all of a directory, is read; yields what moves it on by so many bytes."""
+    files = path.iterdir() if path.is_dir() else [path]
+    with _progress() as progress:
+        task = progress.add_task("reading", total=sum(file.stat().st_size for file in files))
+        yield lambda n: progress.advance(task, n)
 
 
 def _planned(traffic: Traffic, schemes: Sequence[Scheme], shown: dict[str, Shown]) -> Plan:

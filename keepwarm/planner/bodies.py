@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
-from blake3 import blake3
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -16,15 +15,14 @@ from keepwarm.cache.marking import Chat, number
 from keepwarm.cache.render import Templating
 from keepwarm.config import Limits
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.prompt import Tokens
 from keepwarm.core.request import ChatRequest, Mark, Message, TextPart, Tool
 from keepwarm.dialects import Parsed, WireBounds
 from keepwarm.dialects.anthropic import AnthropicMessages
 from keepwarm.dialects.openai import OpenAIChat
 from keepwarm.engine import Tokenizer
+from keepwarm.planner.numbers import PrefixNumbers, block_ends
 from keepwarm.planner.traffic import LAST, SYSTEM, TOOLS, Spot
 
-BLOCK_TOKENS = 64  # automatic reads end at a multiple of this; what is read is up to 63 tokens less than could be
 FIRST_MARKED = 10  # messages from the start that are places
 LAST_MARKED = 50  # messages from the end: a mark looks back 20 blocks, and templating places 64 marks in all
 TENANT = "plan"  # all requests are one organisation's
@@ -46,7 +44,7 @@ class _Dialect(Protocol):
 
 
 class Bodies:
-    """Renders bodies for one model. Holds a number for every prefix it has seen. Not thread-safe."""
+    """Renders bodies for one model. Not thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
         """Raises ValueError when the model's template is not one."""
@@ -56,7 +54,7 @@ class Bodies:
             "openai": _parser(OpenAIChat(bounds)),
             "anthropic": _parser(AnthropicMessages(bounds)),
         }
-        self._numbers: dict[bytes, int] = {}
+        self._numbers = PrefixNumbers()
 
     def rendered(self, dialect: DialectName, body: bytes) -> Rendered:
         """Raises ApiError for a body that the server would refuse, and for one with files in it."""
@@ -66,24 +64,13 @@ class Bodies:
             TENANT, messages, tools, request.tool_choice, object_tokens=None, thinking=request.thinking
         )
         positions = {one.end: one.position for one in built.breakpoints}
-        keys = self._keys(
-            built.prompt.tokens, sorted({*range(BLOCK_TOKENS, built.prompt.n_tokens + 1, BLOCK_TOKENS), *positions})
-        )
+        ends = block_ends(built.prompt.n_tokens)
+        keys = self._numbers.of(built.prompt.tokens, sorted({*ends, *positions}))
         spots = tuple(Spot(keys[end], end, positions[end]) for end in sorted(positions))
         places = {
             place: i for i, spot in enumerate(spots) for place in names.get(spot.position, ())
         }  # fmt: skip
-        blocks = tuple(keys[end] for end in range(BLOCK_TOKENS, built.prompt.n_tokens + 1, BLOCK_TOKENS))
-        return Rendered(built.prompt.n_tokens, blocks, spots, places)
-
-    def _keys(self, tokens: Tokens, ends: Sequence[int]) -> dict[int, int]:
-        """A number for the prefix at each of some ends, ascending: the same for the same tokens."""
-        hasher, keys, begin = blake3(), {}, 0
-        for end in ends:
-            hasher.update(tokens[begin:end].tobytes())
-            keys[end] = self._numbers.setdefault(hasher.digest(), len(self._numbers))
-            begin = end
-        return keys
+        return Rendered(built.prompt.n_tokens, tuple(keys[end] for end in ends), spots, places)
 
 
 def _parser(dialect: _Dialect) -> Callable[[bytes], Parsed]:

@@ -16,7 +16,8 @@ from msgspec import Struct
 
 from keepwarm.core.errors import ApiError
 from keepwarm.planner import PlanError
-from keepwarm.planner.bodies import BLOCK_TOKENS, DialectName, Rendered
+from keepwarm.planner.bodies import DialectName, Rendered
+from keepwarm.planner.numbers import BLOCK_TOKENS
 from keepwarm.planner.traffic import Chain, Prompt, Traffic, traced
 from keepwarm.replay import ReplayError
 from keepwarm.replay.trace import read as read_trace
@@ -83,7 +84,7 @@ def is_trace(path: Path) -> bool:
     """Whether it is a trace for `keepwarm replay` and not a log of bodies. Raises PlanError."""
     if path.is_dir() or path.suffix == ".json":
         return True
-    with _opened(path) as file:
+    with opened(path) as file:
         first = file.readline(Bounds().line_bytes_max)
     try:
         members = msgspec.json.decode(first, type=dict[str, msgspec.Raw])
@@ -102,8 +103,8 @@ def trace_traffic(path: Path, bounds: Bounds) -> Traffic:
         trace = read_trace(path)
     except ReplayError as exc:
         raise PlanError(str(exc)) from exc
-    _within(len(trace.requests), sum(len(request.blocks) for request in trace.requests), bounds, str(path))
-    chains = [Chain(request.time_s, request.n_tokens, request.blocks) for request in trace.requests]
+    within(len(trace.requests), sum(len(request.blocks) for request in trace.requests), bounds, str(path))
+    chains = [Chain(one.time_s, one.n_tokens, one.blocks, one.n_output) for one in trace.requests]
     return traced(trace.name, trace.block_tokens, chains)
 
 
@@ -117,7 +118,7 @@ def log_traffic(
     prompts: list[Prompt] = []
     n_blocks = number = n_skipped = 0
     first = ""
-    with _opened(path) as file:
+    with opened(path) as file:
         while line := file.readline(bounds.line_bytes_max + 1):
             number += 1
             on_bytes(len(line))
@@ -134,14 +135,15 @@ def log_traffic(
                 first = first or f"line {number:,}: {exc}"
                 continue
             n_blocks += len(prompts[-1].blocks) + len(prompts[-1].spots)
-            _within(len(prompts), n_blocks, bounds, f"{path}, line {number:,}")
+            within(len(prompts), n_blocks, bounds, f"{path}, line {number:,}")
     if not prompts:
         raise PlanError(f"{path} has no request that can be read{f'; {first}' if first else ''}")
     prompts.sort(key=lambda prompt: prompt.at_s)
     return Traffic(path.stem, BLOCK_TOKENS, tuple(prompts)), Skipped(n_skipped, first)
 
 
-def _within(n_requests: int, n_blocks: int, bounds: Bounds, where: str) -> None:
+def within(n_requests: int, n_blocks: int, bounds: Bounds, where: str) -> None:
+    """Raises PlanError when more than is read has been read."""
     if n_requests > bounds.requests_max:
         raise PlanError(f"{where}: more than {bounds.requests_max:,} requests; give a shorter log")
     if n_blocks > bounds.blocks_max:
@@ -216,7 +218,8 @@ def _n_output(answer: msgspec.Raw) -> int | None:
     return n_output
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """Raises PlanError."""
     try:
         return path.open("rb")
     except OSError as exc:

@@ -58,11 +58,12 @@ class Traffic(Struct, frozen=True):
 
 
 class Chain(Struct, frozen=True, gc=False):
-    """A request of a trace: block numbers and length, without messages."""
+    """A request of a trace: block numbers and lengths, without messages."""
 
     at_s: float
     n_tokens: int
     blocks: tuple[int, ...]
+    n_output: int | None = None
 
 
 def traced(name: str, block_tokens: int, chains: Sequence[Chain]) -> Traffic:
@@ -89,7 +90,7 @@ def traced(name: str, block_tokens: int, chains: Sequence[Chain]) -> Traffic:
             places[SHARED] = n_shared - 1
         if blocks:
             places[END] = len(blocks) - 1
-        prompts.append(Prompt(chain.at_s, chain.n_tokens, blocks, spots, places))
+        prompts.append(Prompt(chain.at_s, chain.n_tokens, blocks, spots, places, chain.n_output))
     return Traffic(name, block_tokens, tuple(prompts))
 
 

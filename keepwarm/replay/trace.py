@@ -1,7 +1,7 @@
 """Recorded traffic as requests whose prompts are chains of numbered blocks.
 
 Two formats, told apart by content. Mooncake (kvcache-ai/Mooncake, FAST'25): a JSON line per request, `timestamp` in ms,
-`input_length` in tokens, `hash_ids` of 512-token blocks, the last maybe short. Agent sessions (callanjfox/kv-cache-tester):
+`input_length` and `output_length` in tokens, `hash_ids` of 512-token blocks, the last maybe short. Agent sessions (callanjfox/kv-cache-tester):
 a JSON file per session with `block_size`, requests with `t` in s, `in` in tokens and `hash_ids` that are local to the
 session and cover whole blocks only; sessions are laid over each other by their times.
 
@@ -10,24 +10,29 @@ Invariant: a block number names a block together with all before it, so it has o
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from keepwarm.replay import ReplayError
 
 MOONCAKE_BLOCK_TOKENS = 512
 
 Half = Literal["first", "second", "whole"]
+Tokens = Annotated[int, Meta(ge=0)]
 
 
 class Request(Struct, frozen=True, gc=False):
-    """One prompt: `blocks` cover its first tokens; those behind the last block count as input but are never stored."""
+    """One prompt: `blocks` cover its first tokens; those behind the last block count as input but are never stored.
+
+    `n_output` is the length of its answer, which nothing here stores; None: the trace does not say.
+    """
 
     time_s: float
     n_tokens: int
     blocks: tuple[int, ...]
+    n_output: int | None = None
 
 
 class Trace(Struct, frozen=True):
@@ -70,11 +75,13 @@ class _MooncakeLine(Struct):
     timestamp: float
     input_length: int
     hash_ids: list[int]
+    output_length: Tokens | None = None
 
 
-class _SessionRequest(Struct, rename={"n_tokens": "in"}):
+class _SessionRequest(Struct, rename={"n_tokens": "in", "n_output": "out"}):
     t: float = 0.0
     n_tokens: int = 0
+    n_output: Tokens | None = None
     hash_ids: list[int] = []
     requests: list["_SessionRequest"] = []  # of a subagent, which is no request itself
 
@@ -116,7 +123,9 @@ def _mooncake(path: Path, content: bytes) -> Iterator[Request]:
         blocks = numbers.chain(line.hash_ids, 0)
         if line.input_length < (len(blocks) - 1) * MOONCAKE_BLOCK_TOKENS:
             raise ReplayError(f"{path}: {len(blocks):,} blocks for {line.input_length:,} tokens are not of 512 tokens")
-        yield Request(time_s=line.timestamp / 1000, n_tokens=line.input_length, blocks=blocks)
+        yield Request(
+            time_s=line.timestamp / 1000, n_tokens=line.input_length, blocks=blocks, n_output=line.output_length
+        )
 
 
 def _session(path: Path, content: bytes) -> _Session:
@@ -137,7 +146,7 @@ def _laid_over(name: str, sessions: Sequence[_Session], paths: Sequence[str]) ->
         raise ReplayError(f"{paths[0]} and others have blocks of {sorted(sizes)} tokens; replay one size at a time")
     numbers = _Numbers()
     requests = [
-        Request(time_s=request.t, n_tokens=request.n_tokens, blocks=numbers.chain(request.hash_ids, i))
+        Request(request.t, request.n_tokens, numbers.chain(request.hash_ids, i), request.n_output)
         for i, session in enumerate(sessions)
         for request in _flat(session.requests)
     ]

@@ -48,6 +48,17 @@ def trace(tmp_path):
     return path
 
 
+def test_a_trace_of_texts_is_planned_by_the_models_tokens(config, tmp_path):
+    texts = [{"timestamp": 10**15 + k, "input": SYSTEM + f"Question {k}?", "output": "Yes."} for k in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    found = plan(tmp_path / "a.jsonl", "--config", config, "--json", tmp_path / "p.json")
+    assert found.exit_code == 0, found.output
+    made = json.loads((tmp_path / "p.json").read_bytes())
+    assert made["n_requests"] == 3
+    assert all(row["output_nano"] > 0 for row in made["rows"])
+    assert max(row["hit_rate"] for row in made["rows"]) > 0.6
+
+
 def test_every_scheme_is_a_row_whose_classes_are_its_total(log, config, tmp_path):
     out, table, plot = tmp_path / "new" / "p.json", tmp_path / "p.csv", tmp_path / "p.html"
     found = plan(log, "--config", config, "--json", out, "--csv", table, "--plot", plot)

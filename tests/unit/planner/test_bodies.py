@@ -7,7 +7,8 @@ import pytest
 from keepwarm.config import Limits
 from keepwarm.core.errors import ApiError
 from keepwarm.engine.scripted import ScriptedVocab
-from keepwarm.planner.bodies import BLOCK_TOKENS, Bodies
+from keepwarm.planner.bodies import Bodies
+from keepwarm.planner.numbers import BLOCK_TOKENS
 
 SYSTEM = "You answer in one word. " * 20
 TOOL = {"name": "look_up", "description": "Looks it up.", "input_schema": {"type": "object", "properties": {}}}

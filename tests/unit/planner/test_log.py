@@ -128,12 +128,16 @@ def test_bounds_end_it_at_the_line_that_passes_them(tmp_path, bounds, words):
 
 def test_traces_are_known_by_their_content_and_read(tmp_path):
     trace = written(
-        tmp_path, *[{"timestamp": 1000 * k, "input_length": 1030, "hash_ids": [0, 1, k + 5]} for k in range(3)]
+        tmp_path,
+        *[
+            {"timestamp": 1000 * k, "input_length": 1030, "hash_ids": [0, 1, k + 5], "output_length": 7}
+            for k in range(3)
+        ],
     )
     assert is_trace(trace) and is_trace(tmp_path)
     traffic = trace_traffic(trace, Bounds())
     assert (traffic.block_tokens, [prompt.at_s for prompt in traffic.prompts]) == (512, [0, 1, 2])
-    assert {prompt.spot(END).end for prompt in traffic.prompts} == {1024}
+    assert {(prompt.spot(END).end, prompt.n_output) for prompt in traffic.prompts} == {(1024, 7)}
     with pytest.raises(PlanError, match="more than 2 requests"):
         trace_traffic(trace, Bounds(requests_max=2))
     with pytest.raises(PlanError, match="10 are read at most"):

@@ -67,6 +67,18 @@ def test_sessions_are_laid_over_each_other_and_share_nothing(tmp_path):
     assert read(tmp_path / "a.json").n_tokens == 330
 
 
+def test_lengths_of_answers_are_read_where_a_trace_has_them(tmp_path):
+    assert [r.n_output for r in read(write_mooncake(tmp_path / "a.jsonl", (0, 600, [7, 9]))).requests] == [1]
+    rows = [{"t": 0.0, "in": 64, "out": 30, "hash_ids": [1]}, {"t": 1.0, "in": 64, "hash_ids": [1]}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"block_size": 64, "requests": rows}))
+    assert [r.n_output for r in read(path).requests] == [30, None]
+    rows[0]["out"] = -1
+    path.write_text(json.dumps({"block_size": 64, "requests": rows}))
+    with pytest.raises(ReplayError, match="is in no known format"):
+        read(path)
+
+
 def test_a_subagents_requests_count_and_it_does_not(tmp_path):
     inner = [{"t": 1.0, "in": 64, "hash_ids": [1]}]
     rows = [{"t": 0.0, "in": 64, "hash_ids": [1]}, {"t": 0.5, "type": "subagent", "requests": inner}]
