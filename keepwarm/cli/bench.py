@@ -13,7 +13,7 @@ from keepwarm.cli.options import ConfigFile, DataDir
 from keepwarm.config import ConfigError
 
 TTFT_EXAMPLE = "keepwarm bench ttft --tokens 5000 --out ttft.json"
-GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 10000"
+GATEWAY_EXAMPLE = "keepwarm bench gateway --requests 20000"
 AGENT_EXAMPLE = "keepwarm bench agent --turns 20 --out agent.json"
 STORE_EXAMPLE = "keepwarm bench store --data-dir DIR --out store.json"
 LEDGER_EXAMPLE = "keepwarm bench ledger --data-dir DIR --out ledger.json"
@@ -52,7 +52,7 @@ def ttft(
         fail(str(error))
 
 
-def gateway(requests: Requests = 10_000, out: Out = None) -> None:
+def gateway(requests: Requests = 20_000, out: Out = None) -> None:
     """What the gateway costs beside the engine: latency, requests per second on one core, memory, and what billing adds.
 
     Less than a minute; nothing else should run.

@@ -32,9 +32,9 @@ def test_overhead_is_what_the_engine_did_not_take() -> None:
 
 
 @pytest.mark.parametrize("rss_end, flat", [(111 * MB, True), (120 * MB, False)])
-def test_memory_is_compared_with_early_on_not_with_the_start(rss_end: int, flat: bool) -> None:
+def test_memory_is_compared_with_halfway_not_with_the_start(rss_end: int, flat: bool) -> None:
     found = {one.name: one.reached for one in ratios(samples(rss_end=rss_end))}
-    assert found["gateway's memory at the end, of early on"] is flat
+    assert found["gateway's memory at the end, of halfway"] is flat
     assert found["gateway overhead p50, whole"] is False
     assert found["requests on one core, stream"] is True
 
