@@ -106,13 +106,13 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def launch(folder, config, data_dir, *, dev=True):
+def launch(folder, config, data_dir, *, dev=True, database_url=""):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "keepwarm.toml"
     path.write_text(config)
     port, log = free_port(), folder / f"server-{time.monotonic_ns()}.log"
     command = [sys.executable, "-m", "keepwarm", "serve", "--config", str(path), "--port", str(port)]
-    command += ["--data-dir", str(data_dir), "--database-url", ""] + (["--dev"] if dev else [])
+    command += ["--data-dir", str(data_dir), "--database-url", database_url] + (["--dev"] if dev else [])
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return Server(process, f"http://127.0.0.1:{port}", log)
@@ -136,8 +136,8 @@ def start(tmp_path):
     """Start servers with the scripted model; all end with the test."""
     running = []
 
-    def start_one(config=SCRIPTED, *, dev=True, data_dir=None, wait=True):
-        one = launch(tmp_path / "config", config, data_dir or tmp_path / "data", dev=dev)
+    def start_one(config=SCRIPTED, *, dev=True, data_dir=None, wait=True, database_url=""):
+        one = launch(tmp_path / "config", config, data_dir or tmp_path / "data", dev=dev, database_url=database_url)
         running.append(one)
         if wait:
             one.wait_ready()

@@ -9,6 +9,9 @@ from contextlib import closing
 from fractions import Fraction
 from math import floor
 
+import psycopg
+from psycopg.rows import dict_row
+
 from tests.e2e.conftest import SCRIPTED
 
 WAIT_S = 60.0
@@ -41,22 +44,29 @@ read = "{OBJECT_READ / 1000}"
 
 
 class Books:
-    """The database of a server, from outside; `config` is what the server is started with."""
+    """The database of a server, from outside; `config` is what the server is started with.
 
-    def __init__(self, folder):
+    A SQLite file, or with `database_url` a PostgreSQL database; rates are counted in the server, or in a Redis.
+    """
+
+    def __init__(self, folder, database_url="", redis_url=""):
         self.data_dir = folder / "data"
+        self.database_url = database_url
         self._sheets = folder / "sheets"
         self._sheets.mkdir()
         (self._sheets / "house.toml").write_text(SHEET)
         self.config = (
             f'{SCRIPTED}\n[billing]\nsheets_dir = "{self._sheets}"\n[billing.models]\nscripted = "house/all"\n'
         )
+        if redis_url:
+            self.config += f'[rates]\nredis_url = "{redis_url}"\n'
         self._config_file = folder / "books.toml"
         self._config_file.write_text(self.config)
 
     def run(self, *words):
         """`keepwarm WORDS`; what it prints."""
-        command = [sys.executable, "-m", "keepwarm", *words, "--data-dir", str(self.data_dir)]
+        where = ["--data-dir", str(self.data_dir), "--database-url", self.database_url]
+        command = [sys.executable, "-m", "keepwarm", *words, *where]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -68,6 +78,8 @@ class Books:
 
     def open(self):
         """A connection that begins and ends no transaction by itself."""
+        if self.database_url:
+            return psycopg.connect(self.database_url, autocommit=True, row_factory=dict_row)
         connection = sqlite3.connect(self.data_dir / "keepwarm.db", timeout=WAIT_S, isolation_level=None)
         connection.row_factory = sqlite3.Row
         return closing(connection)

@@ -8,6 +8,7 @@ from collections import Counter
 from decimal import Decimal
 
 import pytest
+import redis
 
 from tests.e2e.money import Books, until
 from tests.e2e.traffic import DIALECTS, TEXTS, Traffic
@@ -17,6 +18,7 @@ N_ASKS = 90  # of each client
 CLIENTS = (("acme", 0), ("acme", 1), ("umbra", 2))
 VOUCHER_USD = "0.05"  # is used up on the way, so that cash follows
 NANO = 10**9
+LIMITS = '{"concurrency": 100, "rpm": 100000, "tpm": 100000000, "tpd": 1000000000}'  # none of them is reached
 
 
 def call(url, key, body=None, method=None):
@@ -81,10 +83,19 @@ def check_repeats(rows, answers):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_are_the_same_everywhere_and_everything_adds_up(start, tmp_path, seed):
-    books = Books(tmp_path)
-    server = start(books.config, dev=False, data_dir=books.data_dir)
+    check_traffic(start, Books(tmp_path), seed)
+
+
+def test_the_same_with_postgresql_and_redis(start, tmp_path, postgresql_url, redis_url):
+    check_traffic(start, Books(tmp_path, postgresql_url, redis_url), 3)
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.keys("*rpm*umbra*"), "no limit was counted there"
+
+
+def check_traffic(start, books, seed):
+    server = start(books.config, dev=False, data_dir=books.data_dir, database_url=books.database_url)
     port = int(server.url.rpartition(":")[2])
-    keys = {name: books.new_key(name) for name in ("acme", "umbra")}
+    keys = {name: books.new_key(name, "--limits", LIMITS) for name in ("acme", "umbra")}
     for name in keys:
         books.run("ledger", "voucher", name, VOUCHER_USD, "USD")
     granted = int(Decimal(VOUCHER_USD) * NANO)
