@@ -23,6 +23,7 @@ from keepwarm.billing.price import Charge, storage_nano
 from keepwarm.billing.row import Priced, Row, RowKind
 from keepwarm.billing.sheet import ModelPrices
 from keepwarm.core.clock import Clock
+from keepwarm.core.identity import organisation_of
 from keepwarm.storage import Storage
 from keepwarm.tables import cache_objects, storage_meters
 
@@ -258,7 +259,7 @@ def _missing(connection: sa.Connection, now: float) -> list[Metered]:
     return [
         Metered(
             object_id=row.id,
-            organisation=row.tenant.partition("/")[0],
+            organisation=organisation_of(row.tenant),
             project=row.project,
             key_id=row.key_id,
             dialect=row.dialect,

@@ -94,6 +94,11 @@ def tenant_of(organisation: str, project: str, cache_scope: CacheScope) -> str:
     return f"{organisation}/{project}" if cache_scope == PROJECT_SCOPE else organisation
 
 
+def organisation_of(tenant: str) -> str:
+    """Whose namespace it is: `tenant_of` the other way round, whatever the cache scope."""
+    return tenant.partition("/")[0]
+
+
 def require_name(what: str, text: str, param: str) -> None:
     """Raises ApiError(INVALID_REQUEST) unless `text` can be the name of a `what`."""
     if not NAME.fullmatch(text):

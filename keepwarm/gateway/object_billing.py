@@ -18,6 +18,7 @@ from keepwarm.billing.price import Charge, creation_nano
 from keepwarm.billing.price_book import PriceBook
 from keepwarm.billing.row import Payer
 from keepwarm.core.cache_object import NS_PER_S, CacheObject
+from keepwarm.core.identity import organisation_of
 from keepwarm.core.principal import Principal
 from keepwarm.gateway.billing import payer_of
 from keepwarm.gateway.runtime import Runtime
@@ -115,7 +116,7 @@ def payer_for(obj: CacheObject) -> Payer | None:
     """Who pays for an object: the organisation is the tenant, or what stands ahead of its project."""
     if obj.key_id is None or obj.project is None:
         return None
-    return Payer(obj.tenant.partition("/")[0], obj.project, obj.key_id)
+    return Payer(organisation_of(obj.tenant), obj.project, obj.key_id)
 
 
 def ends_at(obj: CacheObject) -> float:
