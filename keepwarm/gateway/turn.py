@@ -76,7 +76,7 @@ class Turn:
         self.stream = EventStream(events_max)
         self.object: CacheObject | None = None  # the cache object in use, if one applies
         self.object_use = ObjectUse(request)  # as it was when the turn began
-        self.n_tokens_saved = 0  # of the object, by this turn
+        self.n_tokens_saved = 0  # by the object; 0 where it was not ready: what is read then is not its doing
         self.max_tokens_cut = False  # an answer longer than the window leaves room for is cut, not refused
         self.rewritten: tuple[str, ...] = ()  # what normalisers changed
         self.lookup: CacheLookup | None = None  # once it has started
@@ -109,7 +109,7 @@ class Turn:
         """Pass an event of the answer on to the reader. Raises ApiError(TIMEOUT) when that one is too far behind."""
         if isinstance(event, Started):
             self.lookup = event.lookup
-            if self.object is not None:
+            if self.object is not None and self.object_use.status is ObjectStatus.READY:
                 self.n_tokens_saved = min(event.cache_read, self.object.n_tokens)
         self.answer.feed(event)
         self.stream.emit(event)

@@ -227,6 +227,26 @@ async def test_pending_and_failed_objects_are_served_by_ordinary_prefill(server:
     assert updated.json()["status"] == "pending"
 
 
+@pytest.mark.parametrize("status", ["pending", "error", "inactive"])
+async def test_an_object_that_was_not_ready_saved_nothing_though_its_prefix_was_read(
+    server: World, status: str
+) -> None:
+    if status == "error":
+        server.engine.script = lambda plan: [Failed(ErrorKind.OVERLOADED, "no room")]
+        cache = await server.ready_cache(KNOWLEDGE)
+    elif status == "inactive":
+        cache = await server.ready_cache(KNOWLEDGE, ttl=10)
+        server.clock.advance(10)
+    else:
+        server.running.warming._adopted_epoch = 0  # it computes nothing before it has seen this engine's leases
+        cache = await server.create_cache(KNOWLEDGE)
+    assert cache["status"] == ("ready" if status == "inactive" else status)
+    server.engine.script = says("ok", cache_read=cache["tokens"])
+    answer = await ask(server, by_header(cache, x_msh_context_cache_reset_ttl="60"))
+    assert answer.json()["usage"]["cached_tokens"] == cache["tokens"]
+    assert not [name for name in answer.headers if name.startswith("msh-context-cache")]
+
+
 async def test_deleting_gives_the_pin_back_at_once(server: World) -> None:
     cache = await server.ready_cache(KNOWLEDGE, tags=["manual"])
     deleted = await server.request("DELETE", f"/v1/caching/{cache['id']}")
