@@ -1,134 +1,24 @@
 """Limits and money through HTTP: the worked examples to the last nano, refusals, disconnects, repeats, cache objects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import sqlalchemy as sa
-from msgspec.structs import replace
 
 from keepwarm.billing.budget import Budget, Period, Scope
-from keepwarm.config import BillingConfig, ModelConfig
 from keepwarm.core.clock import RandomIds
 from keepwarm.core.errors import ErrorKind
-from keepwarm.core.event import ChoiceFinished, Event, Failed, Finished, Started, TextDelta, Usage
-from keepwarm.core.identity import NewKey, NewOrganisation
+from keepwarm.core.event import Event, Failed, Started, TextDelta, Usage
+from keepwarm.core.identity import NewKey
 from keepwarm.core.prompt import Plan
 from keepwarm.core.rate_limit import LimitOverrides
 from keepwarm.gateway.identities import Identities
-from keepwarm.tables import accounts, cache_objects, holds, ledger_rows
-from tests.engines import MODEL, StepEngine
-from tests.world import CONFIG, World, until, world
-
-NANO = 10**9
-HOUSE = """
-name = "house"
-version = "1"
-currency = "USD"
-effective_from = 2020-01-01
-source = "made for tests"
-[models.anthropic]
-terms = "anthropic@2026/standard"
-input = "3"
-output = "15"
-[models.gemini-pro]
-terms = "gemini@2026/2.5-pro"
-input = "1.25"
-output = "10"
-"""
-NAMES = {
-    "minimax": "minimax@2026/worked-example",
-    "kimi": "kimi@2024-07-01/moonshot-v1-8k",
-    "claude": "house@1/anthropic",
-    "gemini": "house@1/gemini-pro",
-}
-
-
-class Paid(msgspec.Struct):
-    """A world with an organisation, its key and its ledger."""
-
-    server: World
-    key: str
-
-    async def rows(self, *kinds: str) -> list[Any]:
-        query = sa.select(ledger_rows).order_by(ledger_rows.c.seq)
-        found = await self.server.storage.run(lambda connection: connection.execute(query).all())
-        return [row for row in found if not kinds or row.kind in kinds]
-
-    async def sums(self) -> Any:
-        return await self.server.storage.run(lambda connection: connection.execute(sa.select(accounts)).one())
-
-    async def holds(self) -> list[Any]:
-        return await self.server.storage.run(lambda connection: connection.execute(sa.select(holds)).all())
-
-    async def balanced(self) -> int:
-        """What was taken from the organisation; sums are those of the rows and nothing is held."""
-        rows, sums = await self.rows(), await self.sums()
-        assert sums.cash_nano == sum(row.cash_nano for row in rows)
-        assert sums.voucher_nano == sum(row.voucher_nano for row in rows)
-        assert sums.held_nano == sum(row.held_nano for row in rows) == 0
-        assert await self.holds() == []
-        return -sums.cash_nano - sums.voucher_nano
-
-    def ask(self, model: str, text: str, **fields: Any) -> Any:
-        return self.server.chat(text, key=self.key, model=model, **fields)
-
-
-@asynccontextmanager
-async def paid(
-    tmp_path: Path,
-    *,
-    prepaid: bool = False,
-    limits: LimitOverrides | None = None,
-    engine: StepEngine | None = None,
-    turn_s_max: float = 60.0,
-) -> AsyncIterator[Paid]:
-    sheets = tmp_path / "sheets"
-    sheets.mkdir(exist_ok=True)
-    (sheets / "house.toml").write_text(HOUSE)
-    config = replace(
-        CONFIG,
-        dev=False,
-        model=ModelConfig(name="small", aliases=tuple(NAMES), engine="scripted"),
-        cache=replace(CONFIG.cache, object_tokens_min=1, ttl_max_s=86_400),
-        limits=replace(CONFIG.limits, turn_s_max=turn_s_max),
-        billing=BillingConfig(sheets_dir=str(sheets), models=NAMES),
-    )
-    engine = engine or StepEngine()
-    engine.model = replace(MODEL, n_ctx=200_000)
-    async with world(tmp_path / "data", config=config, engine=engine) as server:
-        identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
-        if "acme" not in {organisation.id for organisation in await identities.organisations()}:
-            await identities.create_organisation(
-                NewOrganisation("acme", limits=limits or LimitOverrides(), is_prepaid=prepaid)
-            )
-        key, _ = await identities.create_key("acme", NewKey(RandomIds().new("k")), may_make_operators=True)
-        yield Paid(server, key)
-
-
-def used(usage: Usage, *texts: str) -> Any:
-    """A script whose counts are these."""
-
-    def script(plan: Plan) -> Sequence[Event]:
-        return [
-            Started(usage.prompt, usage.cache_read),
-            *(TextDelta(text) for text in texts),
-            ChoiceFinished("stop", usage.output),
-            Finished(usage),
-        ]
-
-    return script
-
-
-async def text_of(server: World, key: str, n_tokens: int, model: str) -> str:
-    """A user's message whose whole prompt has `n_tokens`."""
-    body = {"model": model, "messages": [{"role": "user", "content": "x" * 100}]}
-    counted = await server.request("POST", "/anthropic/v1/messages/count_tokens", body, key=key)
-    return "x" * (100 + n_tokens - counted.json()["input_tokens"])
+from keepwarm.tables import cache_objects
+from tests.engines import StepEngine
+from tests.paid import NANO, paid, text_of, used
+from tests.world import until
 
 
 async def test_minimax_worked_example(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keepwarm.core.event import Usage
-from tests.unit.gateway.test_billing import Paid, paid, used
+from tests.paid import Paid, paid, used
 
 Counts = tuple[int, int, int, int]  # prompt, read, written, output
 
