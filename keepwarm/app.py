@@ -167,7 +167,7 @@ async def gateway(
             runtime = Runtime(clock, ids, log, tasks)
             warmup = WarmUp(prompts, rendering, model.engine, runtime)
             ledger = Ledger(storage, clock, ids, hold_s=config.limits.turn_s_max + HOLD_REST_S)
-            paying = ObjectBilling(ledger, Meters(storage, clock, prices.prices_or_none), prices, runtime)
+            paying = ObjectBilling(ledger, Meters(storage, clock, prices.prices_or_none), prices, rates, runtime)
             warming = Warming(objects, rendering, model.engine, warmup, paying, runtime, is_durable=is_durable)
             settling = Settling(config.cache, rendering, model.engine, runtime)
             caching = Caching(config, models, admission, objects, rendering, model.engine, warming, paying, runtime)

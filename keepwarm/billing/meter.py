@@ -9,6 +9,7 @@ object lives on, and the next tick pays for that too. What is due is the price o
 charged, so parts add up to what one charge for the whole life would be.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import floor
@@ -25,10 +26,10 @@ from keepwarm.billing.sheet import ModelPrices
 from keepwarm.core.clock import Clock
 from keepwarm.core.identity import organisation_of
 from keepwarm.storage import Storage
-from keepwarm.tables import cache_objects, storage_meters
+from keepwarm.tables import cache_objects, ledger_rows, storage_meters
 
+GIVEN_BACK = (RowKind.RELEASE.value, RowKind.EXPIRE.value)
 METERS_MAX = 500  # in one transaction, so that turns need not wait for all
-MOMENT_S = 60.0  # between an object's extension and its meter's; a call over the database takes seconds at the most
 
 
 class Metered(Struct, frozen=True):
@@ -91,13 +92,13 @@ class Meters:
         """Begin to meter an object, now that it is ready. Nothing happens while it is metered, or when it is deleted."""
         await self._storage.run(partial(_open, metered))
 
-    async def extend(self, object_id: str, ends_at: float) -> bool:
-        """The object lives until `ends_at`; False when it is deleted or not metered: then it may be opened.
+    async def extend(self, object_id: str, ends_at: float, seen_at: float) -> bool:
+        """The object, which lived at `seen_at`, does so until `ends_at`; False when it is deleted or not metered.
 
-        A meter that a tick closed a moment ago, between the object's extension and this call, runs on; one that was over
-        before is of an earlier life.
+        Its meter is the one that was running at `seen_at`, also when a tick has closed it since. One that was over by then
+        is of an earlier life, and stays closed.
         """
-        return await self._storage.run(partial(_extend, object_id, ends_at, self._clock.now()))
+        return await self._storage.run(partial(_extend, object_id, ends_at, seen_at))
 
     async def close(self, object_id: str, at: float) -> None:
         """The object was deleted at `at`: charge its life up to then. Nothing happens when it is not metered."""
@@ -113,9 +114,13 @@ class Meters:
             await self.close(object_id, self._clock.now())
         return len(gone)
 
-    async def lives(self, object_id: str) -> tuple[int, bool]:
-        """How many lives of an object are over, and whether it has one now."""
-        return await self._storage.run(partial(_lives, object_id, self._clock.now()))
+    async def making(self, object_id: str) -> str | None:
+        """Names the making that begins the object's next life; None while it lives.
+
+        The name is the same until that life has begun or what was held for it was given back: then the next attempt has
+        another one, so that it can hold anew.
+        """
+        return await self._storage.run(partial(_making, object_id, self._clock.now()))
 
     async def missing(self) -> list[Metered]:
         """Objects that are ready and have a payer, but no meter: from now on, and without prices, which are the caller's.
@@ -217,11 +222,11 @@ def _open(metered: Metered, connection: sa.Connection) -> None:
     connection.execute(sa.insert(storage_meters).values(values))
 
 
-def _extend(object_id: str, ends_at: float, now: float, connection: sa.Connection) -> bool:
+def _extend(object_id: str, ends_at: float, seen_at: float, connection: sa.Connection) -> bool:
     columns = storage_meters.c
     mine = sa.select(columns.id, columns.ends_at).where(columns.object_id == object_id)
     last = connection.execute(mine.order_by(columns.began_at.desc()).limit(1)).one_or_none()
-    if last is None or last.ends_at + MOMENT_S < now or not _is_alive(connection, object_id):
+    if last is None or last.ends_at <= seen_at or not _is_alive(connection, object_id):
         return False
     connection.execute(sa.update(storage_meters).where(columns.id == last.id).values(ends_at=ends_at, is_closed=False))
     return True
@@ -234,13 +239,30 @@ def _deleted(connection: sa.Connection) -> list[str]:
     return list(connection.scalars(query.limit(METERS_MAX)))
 
 
-def _lives(object_id: str, now: float, connection: sa.Connection) -> tuple[int, bool]:
+def _making(object_id: str, now: float, connection: sa.Connection) -> str | None:
     columns = storage_meters.c
     found = connection.execute(
         sa.select(columns.is_closed, columns.ends_at).where(columns.object_id == object_id)
     ).all()
-    n_living = sum(not row.is_closed and row.ends_at > now for row in found)
-    return len(found) - n_living, n_living > 0
+    if any(not row.is_closed and row.ends_at > now for row in found):
+        return None
+    life = f"{object_id}/{len(found)}"
+    n_tried = 1  # those that came to nothing are the first ones; halving, since a client may try as often as it likes
+    while _is_given_back(_attempt(life, n_tried - 1), connection):
+        n_tried *= 2
+    return _attempt(
+        life, bisect_left(range(n_tried), True, key=lambda n: not _is_given_back(_attempt(life, n), connection))
+    )
+
+
+def _attempt(life: str, n_before: int) -> str:
+    return f"{life}.{n_before}" if n_before else life
+
+
+def _is_given_back(making: str, connection: sa.Connection) -> bool:
+    """Whether a making held and came to nothing."""
+    found = set(connection.scalars(sa.select(ledger_rows.c.kind).where(ledger_rows.c.turn_id == making)))
+    return RowKind.CREATION.value not in found and not found.isdisjoint(GIVEN_BACK)
 
 
 def _is_alive(connection: sa.Connection, object_id: str) -> bool:

@@ -7,6 +7,8 @@ lock, so simultaneous creates cannot pass them together.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from keepwarm.cache.objects import Objects
 from keepwarm.config import Config
@@ -18,7 +20,7 @@ from keepwarm.engine import Engine
 from keepwarm.gateway.admission import Admission
 from keepwarm.gateway.lifetime import exact_expiry, expiry
 from keepwarm.gateway.models import ServedModels
-from keepwarm.gateway.object_billing import ObjectBilling
+from keepwarm.gateway.object_billing import Making, ObjectBilling
 from keepwarm.gateway.object_use import CONTENT_NOT_FOUND, ObjectUse, use_object
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
@@ -26,6 +28,9 @@ from keepwarm.gateway.warming import Warming
 from keepwarm.gateway.window import ready_model, served_model
 
 WINDOW_REST = 2  # tokens after the object: a turn evaluates at least its last two
+REVIVABLE = (ObjectStatus.INACTIVE, ObjectStatus.ERROR)
+
+Change = Callable[[str, str], Awaitable[CacheObject | None]]  # by tenant and object id; None: there is no such one
 
 
 class Caching:
@@ -57,20 +62,16 @@ class Caching:
         self._quota = asyncio.Lock()
 
     async def create(self, principal: Principal, new: NewObject) -> CacheObject:
-        """Store a new object, `pending`, with what making it costs held.
+        """Store a new object, `pending`, with its tokens taken and what making it costs held.
 
-        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, OVERLOADED, ENGINE_DOWN,
-        PERMISSION_DENIED for a model that the key may not use.
+        Raises ApiError: UNKNOWN_MODEL, INVALID_REQUEST, PROMPT_TOO_LONG, QUOTA_EXCEEDED, RATE_LIMITED, OVERLOADED,
+        ENGINE_DOWN, PERMISSION_DENIED for a model that the key may not use.
         """
+        check_allowed(principal, new.model)
         with self._admission.enter(principal.tenant):  # rendering is work, too
-            obj, is_stored = await self._read(principal, new), False
-            try:
-                await self._insert(principal, obj, new.tags)
-                is_stored = True
-            finally:
-                if not is_stored:
-                    await self._objects.delete(obj.tenant, obj.id)
-                    await self._billing.deleted(obj.id)  # what was held for its making
+            async with self._billing.enter(principal) as making:
+                obj = await self._read(principal, new)
+                await self._insert(making, obj, new.tags)
         self._warming.want(obj)
         return obj
 
@@ -79,12 +80,16 @@ class Caching:
 
         Raises as `create`, ApiError(TIMEOUT), and what the computation failed with.
         """
+        check_allowed(principal, new.model)
         ready_model(self._engine)
         turn_s_max = self._limits.turn_s_max
         try:
             async with asyncio.timeout(turn_s_max):
                 with self._admission.enter(principal.tenant):  # it is a turn without an answer, and takes as long
-                    return await self._computed(principal, await self._read(principal, new), new.tags)
+                    async with self._billing.enter(principal) as making:
+                        obj = await self._read(principal, new)
+                        await self._insert(making, obj, new.tags)
+                        return await self._computed(obj)
         except TimeoutError as exc:
             message = f"the cached content was not computed within {turn_s_max:g} s"
             raise ApiError(ErrorKind.TIMEOUT, message) from exc
@@ -96,60 +101,55 @@ class Caching:
             raise _unknown(object_id, dialect)
         return obj
 
-    async def extend(self, tenant: str, object_id: str, update: ObjectUpdate) -> CacheObject:
+    async def extend(self, principal: Principal, object_id: str, update: ObjectUpdate) -> CacheObject:
         """Gemini's update: another lifetime and nothing else. Only an object that has failed is computed again.
 
-        Raises ApiError: UNKNOWN_CACHE, INVALID_REQUEST for an end that is not in the future.
+        Raises ApiError: UNKNOWN_CACHE, INVALID_REQUEST for an end that is not in the future, and as `update` for an object
+        that has failed.
         """
-        now = self._clock.now()
-        await self.get(tenant, object_id, "gemini")
+        now, tenant = self._clock.now(), principal.tenant
+        obj = await self.get(tenant, object_id, "gemini")
         end, early = exact_expiry(now, expires_at=update.expires_at, ttl_s=update.ttl_s, early_ns=update.early_ns)
         renewed = await self._objects.renew(
             tenant, object_id, expires_at=end, early_ns=early, now=now, dialect="gemini"
         )
         if renewed is not None:
-            await self._billing.renewed(renewed)
+            await self._billing.renewed(renewed, now)
             return renewed
-        changed = await self._objects.update(
-            tenant, object_id, now=now, expires_at=end, early_ns=early, dialect="gemini"
-        )
-        if changed is None:
-            raise _unknown(object_id, "gemini")
-        self._warming.want(changed)
-        return changed
+        change = partial(self._objects.update, now=now, expires_at=end, early_ns=early, dialect="gemini")
+        return await self._started_over(principal, obj, change, end)
 
     async def walk(self, tenant: str, walk: Walk) -> list[CacheObject]:
         """The tenant's Gemini objects from a place on, newest first, without their messages and tools."""
         return await self._objects.walk(tenant, "gemini", walk, self._clock.now())
 
-    async def update(self, tenant: str, object_id: str, update: ObjectUpdate) -> CacheObject:
-        """Change metadata or lifetime; the object is `pending` again. Raises as `create`, and UNKNOWN_CACHE."""
+    async def update(
+        self, principal: Principal, object_id: str, update: ObjectUpdate, *, n_places: int = 1
+    ) -> CacheObject:
+        """Change metadata or lifetime; the object is `pending` again. One that is over or has failed is made anew by it.
+
+        `n_places` as in `ObjectBilling.enter`. Raises ApiError: UNKNOWN_CACHE, INVALID_REQUEST; and where the object is
+        made anew PERMISSION_DENIED, QUOTA_EXCEEDED, RATE_LIMITED, OVERLOADED: then it stays as it was.
+        """
         now = self._clock.now()
         expires_at = expiry(self._config, now, expires_at=update.expires_at, ttl_s=update.ttl_s)
-        async with self._quota:
-            obj = await self.get(tenant, object_id)
-            if expires_at is not None and obj.effective_status(now) is ObjectStatus.INACTIVE:
-                await self._check_quota(tenant, obj.n_tokens, now)
-            changed = await self._objects.update(
-                tenant, object_id, now=now, metadata=update.metadata, expires_at=expires_at, dialect="kimi"
-            )
-        if changed is not None and not obj.is_over(now):
-            await self._billing.renewed(changed)  # before the old end passes: it is the same life
-        if changed is None:
-            raise _unknown(object_id)
-        self._warming.want(changed)
-        return changed
+        obj = await self.get(principal.tenant, object_id)
+        change = partial(self._objects.update, now=now, metadata=update.metadata, expires_at=expires_at, dialect="kimi")
+        return await self._started_over(principal, obj, change, expires_at, n_places)
 
-    async def renew(self, tenant: str, object_id: str, ttl_s: int) -> CacheObject:
-        """`reset_ttl` on use: a live object goes on under its status, any other is computed again. Raises as `update`."""
+    async def renew(self, principal: Principal, object_id: str, ttl_s: int) -> CacheObject:
+        """`reset_ttl` on use, within a turn: a live object goes on under its status, any other is made anew.
+
+        Raises as `update`.
+        """
         now = self._clock.now()
         expires_at = expiry(self._config, now, expires_at=None, ttl_s=ttl_s)
         assert expires_at is not None
-        renewed = await self._objects.renew(tenant, object_id, expires_at=expires_at, now=now, dialect="kimi")
+        renewed = await self._objects.renew(principal.tenant, object_id, expires_at=expires_at, now=now, dialect="kimi")
         if renewed is not None:
-            await self._billing.renewed(renewed)
+            await self._billing.renewed(renewed, now)
             return renewed
-        return await self.update(tenant, object_id, ObjectUpdate(ttl_s=ttl_s))
+        return await self.update(principal, object_id, ObjectUpdate(ttl_s=ttl_s), n_places=0)
 
     async def delete(self, tenant: str, object_id: str, dialect: ObjectDialect = "kimi") -> None:
         """Raises ApiError(UNKNOWN_CACHE)."""
@@ -207,7 +207,6 @@ class Caching:
     async def _read(self, principal: Principal, new: NewObject) -> CacheObject:
         """A new object, `pending` and not stored yet, with its documents read and its length known."""
         now, tenant = self._clock.now(), principal.tenant
-        check_allowed(principal, new.model)
         expires_at, early_ns = self._lifetime(new, now)
         self._models.resolve(new.model)
         read = await self._rendering.with_documents(tenant, ChatRequest(new.model, new.messages))
@@ -233,18 +232,24 @@ class Caching:
             key_id=principal.key_id,
         )
 
-    async def _insert(self, principal: Principal, obj: CacheObject, tags: tuple[str, ...]) -> None:
-        """Raises ApiError(QUOTA_EXCEEDED)."""
+    async def _insert(self, making: Making, obj: CacheObject, tags: tuple[str, ...]) -> None:
+        """Whatever fails leaves nothing behind. Raises ApiError: QUOTA_EXCEEDED, RATE_LIMITED, OVERLOADED."""
+        await self._billing.admit(making, obj.n_tokens)
         async with self._quota:
             await self._check_quota(obj.tenant, obj.n_tokens, obj.created_at)
-            await self._billing.reserve(principal, obj)
-            await self._objects.insert(obj, tags)
+            async with self._billing.held(making, obj):
+                is_stored = False
+                try:
+                    await self._objects.insert(obj, tags)
+                    is_stored = True
+                finally:
+                    if not is_stored:  # given up in the middle, it may be stored all the same
+                        await self._objects.delete(obj.tenant, obj.id)
 
-    async def _computed(self, principal: Principal, obj: CacheObject, tags: tuple[str, ...]) -> CacheObject:
+    async def _computed(self, obj: CacheObject) -> CacheObject:
         """The object once it is ready. Raises ApiError when it cannot be, or is deleted meanwhile."""
         is_made = False
         try:
-            await self._insert(principal, obj, tags)  # given up in the middle, it may be stored all the same
             failure = await self._warming.computed(obj)
             if failure is not None:
                 raise ApiError(failure.kind, failure.message, retry_after_s=failure.retry_after_s)
@@ -258,6 +263,41 @@ class Caching:
                 await self._objects.delete(obj.tenant, obj.id)
                 await self._billing.deleted(obj.id)
                 await self._warming.drop(obj.id)
+
+    async def _started_over(
+        self, principal: Principal, obj: CacheObject, change: Change, expires_at: int | None, n_places: int = 1
+    ) -> CacheObject:
+        """The object after `change`, `pending`; `expires_at` is its end then, None the one it has."""
+        if _is_revived(obj, self._clock.now(), expires_at):
+            changed = await self._revived(principal, obj, change, expires_at, n_places)
+        else:
+            changed = await self._changed(obj, change)
+        self._warming.want(changed)
+        return changed
+
+    async def _changed(self, obj: CacheObject, change: Change) -> CacheObject:
+        """Raises ApiError(UNKNOWN_CACHE)."""
+        now = self._clock.now()
+        changed = await _applied(obj, change)
+        if not obj.is_over(now):
+            await self._billing.renewed(changed, now)  # before the old end passes: it is the same life
+        return changed
+
+    async def _revived(
+        self, principal: Principal, obj: CacheObject, change: Change, expires_at: int | None, n_places: int
+    ) -> CacheObject:
+        """`change` gives the object another life, and has it computed: limits, quota and money are those of a new one."""
+        check_allowed(principal, obj.model)
+        async with self._billing.enter(principal, n_places) as making:
+            await self._billing.admit(making, obj.n_tokens)
+            async with self._quota:
+                now = self._clock.now()
+                found = await self.get(obj.tenant, obj.id, obj.dialect)
+                if not _is_revived(found, now, expires_at):  # another call was faster
+                    return await self._changed(found, change)
+                await self._check_quota(obj.tenant, obj.n_tokens, now)
+                async with self._billing.held(making, obj):
+                    return await _applied(found, change)
 
     def _lifetime(self, new: NewObject, now: float) -> tuple[int, int]:
         """(expires_at, early_ns). Raises ApiError(INVALID_REQUEST)."""
@@ -315,3 +355,19 @@ class Caching:
 def _unknown(object_id: str, dialect: ObjectDialect = "kimi") -> ApiError:
     message = CONTENT_NOT_FOUND if dialect == "gemini" else f"cache {object_id!r} not found"
     return ApiError(ErrorKind.UNKNOWN_CACHE, message)
+
+
+async def _applied(obj: CacheObject, change: Change) -> CacheObject:
+    """Raises ApiError(UNKNOWN_CACHE)."""
+    changed = await change(obj.tenant, obj.id)
+    if changed is None:
+        raise _unknown(obj.id, obj.dialect)
+    return changed
+
+
+def _is_revived(obj: CacheObject, now: float, expires_at: int | None) -> bool:
+    """Whether an update that ends the object's life at `expires_at` (None: as it is) begins another one.
+
+    With an end that has passed nothing is computed.
+    """
+    return obj.effective_status(now) in REVIVABLE and (expires_at is not None or not obj.is_over(now))

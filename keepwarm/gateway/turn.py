@@ -371,7 +371,7 @@ class Turns:
         if use.reset_ttl_s is None:
             return
         try:
-            turn.object = await self._caching.renew(turn.tenant, turn.object.id, use.reset_ttl_s)
+            turn.object = await self._caching.renew(turn.principal, turn.object.id, use.reset_ttl_s)
         except ApiError as error:
             self._log.warning(
                 "lifetime not renewed", turn_id=turn.turn_id, object_id=turn.object.id, kind=error.kind.value

@@ -30,7 +30,7 @@ from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Failed, Finished
 from keepwarm.engine import Engine, EngineState
-from keepwarm.gateway.object_billing import ObjectBilling
+from keepwarm.gateway.object_billing import ObjectBilling, ends_at
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.stream import closing, internal_error
@@ -120,12 +120,14 @@ class Warming:
 
     async def drop(self, object_id: str) -> None:
         """Give back an object's lease now. One that a lost engine still has on disk is found at its next start."""
-        self._wanted.pop(object_id, None)
+        is_waiting = self._wanted.pop(object_id, None) is not None
         self._last_used.pop(object_id, None)
         self._attempts.pop(object_id, None)
         self._pinned.discard(object_id)
         self._damaged.discard(object_id)
         self._tell(object_id, None)
+        if is_waiting:
+            await self._billing.evaluated(object_id, None)
         try:
             await self._engine.drop(object_id)
         except ApiError as error:
@@ -177,6 +179,8 @@ class Warming:
         is_repair = status is ObjectStatus.READY and object_id in self._damaged
         self._damaged.discard(object_id)  # what is found damaged from now on counts anew
         if obj is None or not (status is ObjectStatus.PENDING or is_repair):
+            if status is not ObjectStatus.READY:
+                await self._billing.given_up(object_id)
             self._tell(object_id, None)
             return True
         is_done = False
@@ -190,27 +194,28 @@ class Warming:
     async def _warm(self, obj: CacheObject, epoch: int) -> bool:
         object_id = obj.id
         try:
-            n_tokens, failure = await self._compute(obj)
+            n_tokens, outcome = await self._compute(obj)
         except ApiError as error:
             if error.kind in (ErrorKind.ENGINE_DOWN, ErrorKind.OVERLOADED):
                 raise
-            n_tokens, failure = obj.n_tokens, Failed(error.kind, error.message)
+            n_tokens, outcome = obj.n_tokens, Failed(error.kind, error.message)
         except Exception as exc:  # noqa: BLE001 - a turn boundary: one object must not stop the others, now or at each start
             self._log.error("warming failed", object_id=object_id, error=type(exc).__name__, where=where(exc))
-            n_tokens, failure = obj.n_tokens, Failed(ErrorKind.INTERNAL, internal_error().message)
-        if failure is not None and failure.kind is ErrorKind.ENGINE_DOWN:
+            n_tokens, outcome = obj.n_tokens, Failed(ErrorKind.INTERNAL, internal_error().message)
+        if isinstance(outcome, Failed) and outcome.kind is ErrorKind.ENGINE_DOWN:
             self._attempts[object_id] = self._attempts.get(object_id, 0) + 1
             if self._attempts[object_id] < ATTEMPTS_MAX:
                 return False
             if obj.status is ObjectStatus.READY:  # a lost engine is no fault of its lease: turns compute what it lacks
-                self._log.error("lease not repaired", object_id=object_id, tenant=obj.tenant, reason=failure.message)
+                self._log.error("lease not repaired", object_id=object_id, tenant=obj.tenant, reason=outcome.message)
                 return True
         status = self._engine.status()
-        if failure is None and (status.state is not EngineState.READY or status.epoch != epoch):
+        is_lost = status.state is not EngineState.READY or status.epoch != epoch
+        if isinstance(outcome, Finished) and is_lost:
             return False  # computed in a process that is gone
-        return await self._settle(obj, n_tokens, failure)
+        return await self._settle(obj, n_tokens, outcome)
 
-    async def _compute(self, obj: CacheObject) -> tuple[int, Failed | None]:
+    async def _compute(self, obj: CacheObject) -> tuple[int, Finished | Failed]:
         """One turn with no output, on the same road as any other: render, lease, plan, run."""
         built = await self._rendering.object_prefix(obj.tenant, obj.messages, obj.tools)
         async with self._engine.lease(built.prompt) as lease:
@@ -218,34 +223,48 @@ class Warming:
             self._pinned.add(obj.id)
             async with closing(self._engine.run(plan)) as events:
                 async for event in events:
-                    if isinstance(event, Failed):
-                        return built.prompt.n_tokens, event
                     if isinstance(event, Finished):
                         self._pinned.add(obj.id)  # again: a delete meanwhile has dropped a pin that was not there yet
-                        return built.prompt.n_tokens, None
+                    if isinstance(event, Finished | Failed):
+                        return built.prompt.n_tokens, event
         raise AssertionError("the engine ended a run without a terminal event")
 
-    async def _settle(self, obj: CacheObject, n_tokens: int, failure: Failed | None) -> bool:
+    async def _settle(self, obj: CacheObject, n_tokens: int, outcome: Finished | Failed) -> bool:
+        failure = outcome if isinstance(outcome, Failed) else None
         self._attempts.pop(obj.id, None)
         if failure is None and obj.status is ObjectStatus.READY:
             self._log.info("lease repaired", object_id=obj.id, tenant=obj.tenant, n_tokens=n_tokens)
             return True
-        if failure is None:
-            # Charged first: a server that dies in between computes it again, and finds that this life is paid.
-            await self._billing.ready(replace(obj, n_tokens=n_tokens))
-            settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
-        else:
-            settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message)
-        if failure is not None or (settled is None and await self._is_gone(obj)):
+        settled = await (self._paid(obj, n_tokens) if failure is None else self._failed(obj, failure))
+        if settled is None and await self._is_over(obj):
             await self._billing.deleted(obj.id)
+        await self._billing.evaluated(obj.id, outcome.usage)
         if settled is not None:  # a stale one is computed again, or is gone and will be dropped
             self._tell(obj.id, failure)
         status = settled.status.value if settled is not None else "stale"
         self._log.info("cache object settled", object_id=obj.id, tenant=obj.tenant, status=status, n_tokens=n_tokens)
         return True
 
-    async def _is_gone(self, obj: CacheObject) -> bool:
-        return await self._objects.get(obj.tenant, obj.id, obj.dialect) is None
+    async def _paid(self, obj: CacheObject, n_tokens: int) -> CacheObject | None:
+        """Charged first: a server that dies in between computes it again, and finds that this life is paid."""
+        now = self._clock.now()
+        found = await self._objects.get(obj.tenant, obj.id, obj.dialect) or obj  # its end may be another one by now
+        await self._billing.ready(replace(found, n_tokens=n_tokens))
+        settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
+        if settled is not None and ends_at(settled) != ends_at(found):
+            await self._billing.renewed(settled, now)
+        return settled
+
+    async def _failed(self, obj: CacheObject, failure: Failed) -> CacheObject | None:
+        settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message)
+        if settled is not None:
+            await self._billing.deleted(obj.id)
+        return settled
+
+    async def _is_over(self, obj: CacheObject) -> bool:
+        """Of a stale computation: whether nobody will compute the object again, since it is gone or its time is over."""
+        found = await self._objects.get(obj.tenant, obj.id, obj.dialect)
+        return found is None or found.generation == obj.generation
 
     def _tell(self, object_id: str, failure: Failed | None) -> None:
         """Tell the call that waits for this object, if one does, that it is no longer pending."""

@@ -256,7 +256,7 @@ class CachingCalls:
     async def update(self, exchange: Exchange) -> None:
         """PUT /caching/{cache_id}."""
         update = self._dialect.parse_update(await exchange.body())
-        obj = await self._caching.update(exchange.tenant, exchange.path_params["cache_id"], update)
+        obj = await self._caching.update(exchange.principal, exchange.path_params["cache_id"], update)
         await exchange.reply(self._dialect.render_object(obj, self._clock.now()))
 
     async def delete(self, exchange: Exchange) -> None:

@@ -98,7 +98,7 @@ class CachedContentCalls:
     async def patch(self, exchange: Exchange) -> None:
         """PATCH /cachedContents/{cache_id}."""
         update = self._dialect.parse_patch(query(exchange), await exchange.body())
-        obj = await self._caching.extend(exchange.tenant, exchange.path_params["cache_id"], update)
+        obj = await self._caching.extend(exchange.principal, exchange.path_params["cache_id"], update)
         await exchange.reply(self._dialect.render_object(obj))
 
     async def delete(self, exchange: Exchange) -> None:

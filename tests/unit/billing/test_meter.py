@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepwarm.billing.meter import METERS_MAX, MOMENT_S, Due, Metered, Meters, Paid, due
+from keepwarm.billing.meter import METERS_MAX, Due, Metered, Meters, Paid, due
 from keepwarm.billing.price import storage_nano
 from keepwarm.billing.row import Priced
 from keepwarm.billing.sheet import ModelPrices, ObjectRates, Rates, StorageRate
@@ -170,26 +170,26 @@ async def test_a_deletion_that_is_told_late_is_charged_by_its_own_time(storage: 
 async def test_an_extended_object_pays_on(storage: Storage, clock: FakeClock) -> None:
     service = meters(storage, clock)
     await service.open(life())
-    assert await service.extend("cache-1", T0 + 1200)
+    assert await service.extend("cache-1", T0 + 1200, T0)
     clock.advance(2000.0)
     await service.tick()
     assert await charged(storage) == [(20 * 10**9, 1200)]
 
 
-async def test_a_meter_closed_a_moment_before_its_extension_runs_on_and_an_old_one_does_not(
+async def test_a_meter_closed_between_the_objects_extension_and_its_own_runs_on_and_an_old_one_does_not(
     storage: Storage, clock: FakeClock
 ) -> None:
     service = meters(storage, clock)
     await service.open(life())
     clock.advance(601.0)
     await service.tick()
-    assert await service.extend("cache-1", T0 + 660)
+    assert await service.extend("cache-1", T0 + 660, T0 + 599.5)
     clock.now_s = T0 + 660
     await service.tick()
     assert await charged(storage) == [(10 * 10**9, 600), (10**9, 60)]
-    clock.now_s = T0 + 660 + MOMENT_S + 1
-    assert not await service.extend("cache-1", T0 + 9000)
-    assert not await service.extend("cache-of-nobody", T0 + 9000)
+    assert not await service.extend("cache-1", T0 + 9000, T0 + 660)
+    assert not await service.extend("cache-of-nobody", T0 + 9000, T0)
+    assert await still_open(storage) == 0
 
 
 async def test_an_object_has_one_meter_at_a_time_and_a_new_one_for_a_new_life(
@@ -217,7 +217,7 @@ async def test_a_deleted_object_is_neither_opened_nor_extended(storage: Storage,
     await service.open(life())
     await storage.run(lambda connection: connection.execute(sa.delete(cache_objects)))
     await service.close("cache-1", clock.now() + 1)
-    assert not await service.extend("cache-1", T0 + 9000)
+    assert not await service.extend("cache-1", T0 + 9000, clock.now())
     assert await still_open(storage) == 1  # its second is not over
     clock.advance(1.0)
     await service.tick()

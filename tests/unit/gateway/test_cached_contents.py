@@ -318,7 +318,7 @@ async def test_expiry_by_the_clock_on_every_call_and_nothing_is_kept(server: Wor
     assert await caching(server).walk(owner, Walk(10)) == []
     for call in (
         caching(server).get(owner, cached.id, "gemini"),
-        caching(server).extend(owner, cached.id, ObjectUpdate(ttl_s=60)),
+        caching(server).extend(developer(owner), cached.id, ObjectUpdate(ttl_s=60)),
         caching(server).delete(owner, cached.id, "gemini"),
         generate(server, cached),
     ):
@@ -335,17 +335,17 @@ async def test_a_longer_life_is_given_without_computing(server: World) -> None:
     owner, cached = await tenant(), await made(server, ttl_s=10)
     server.clock.advance(5)
     n_plans, now = len(server.engine.plans), int(server.clock.now())
-    renewed = await caching(server).extend(owner, cached.id, ObjectUpdate(ttl_s=7200))
+    renewed = await caching(server).extend(developer(owner), cached.id, ObjectUpdate(ttl_s=7200))
     assert renewed == replace(cached, expires_at=now + 7200, updated_at=now)
     server.clock.advance(3600)
     assert await caching(server).get(owner, cached.id, "gemini") == renewed
     exact = ObjectUpdate(expires_at=now + 5000, early_ns=1)
-    assert await caching(server).extend(owner, cached.id, exact) == replace(
+    assert await caching(server).extend(developer(owner), cached.id, exact) == replace(
         cached, expires_at=now + 5000, early_ns=1, updated_at=now + 3600
     )
     assert len(server.engine.plans) == n_plans
     with pytest.raises(ApiError, match="expire_time must be in the future"):
-        await caching(server).extend(owner, cached.id, ObjectUpdate(expires_at=now))
+        await caching(server).extend(developer(owner), cached.id, ObjectUpdate(expires_at=now))
 
 
 async def test_one_whose_state_could_not_be_made_again_is_served_and_made_anew_by_a_new_lifetime(
@@ -358,7 +358,7 @@ async def test_one_whose_state_could_not_be_made_again_is_served_and_made_anew_b
         pass
     assert (await generate(server, cached)).prompt.n_tokens > cached.n_tokens
     server.engine.script = says("ok")
-    await caching(server).extend(owner, cached.id, ObjectUpdate(ttl_s=60))
+    await caching(server).extend(developer(owner), cached.id, ObjectUpdate(ttl_s=60))
     await until(lambda: cached.id in server.engine.pins)
 
 
@@ -409,7 +409,7 @@ async def test_neither_another_tenant_nor_kimis_api_sees_it_and_it_sees_nothing_
     for object_id, who in ((kimi["id"], owner), (gemini.id, await tenant("k2"))):
         for call in (
             api.get(who, object_id, "gemini"),
-            api.extend(who, object_id, ObjectUpdate(ttl_s=5)),
+            api.extend(developer(who), object_id, ObjectUpdate(ttl_s=5)),
             api.delete(who, object_id, "gemini"),
         ):
             with pytest.raises(ApiError, match=NOT_FOUND):
