@@ -1,6 +1,7 @@
-"""What a connection may take in before there is a request: header bytes, time, and how many connections there may be.
+"""What a connection may take in beside bodies that somebody reads: header bytes, time, and how many connections there may be.
 
-uvicorn's httptools protocol bounds none of them, and what it has not parsed to the end the application never sees. The
+uvicorn's httptools protocol bounds none of them, and what it has not parsed to the end the application never sees. Nor does
+that see what comes behind a body (trailers, which are dropped) and the rest of a body that was answered before its end. The
 few answers made here are made before a mount is known, so they are in the words of the default dialect.
 """
 
@@ -34,15 +35,16 @@ class BoundedHttp(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._in_headers = True
-        self._n_header_bytes = 0
-        self._headers_deadline: asyncio.TimerHandle | None = None
+        self._is_heard = False  # whether the bytes just parsed ended headers or a message, or were of a body
+        self._n_unheard_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None  # for headers, or for the rest of a body that nobody reads
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class has it
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections_max:
             self._refuse(self.too_many)
             return
-        self._await_headers()
+        self._await()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
@@ -51,34 +53,56 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers = True
-        self._n_header_bytes = 0
-        if self._headers_deadline is None:
-            self._await_headers()
+        if self._deadline is None:
+            self._await()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:  # a trailer would be put among the headers of a request that is being answered
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
+        self._in_headers, self._is_heard = False, True
         self._stop_awaiting()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._is_heard = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_heard = True
+        self._stop_awaiting()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
+            self._await()  # a client that is still sending reads its answer afterwards
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._is_heard = False
         super().data_received(data)
-        if self._in_headers:  # what came is headers only; complete ones are measured by the application
-            self._n_header_bytes += len(data)
-            if self._n_header_bytes > self.limits.header_bytes_max:
-                self._refuse(self.too_large)
+        self._n_unheard_bytes = 0 if self._is_heard else self._n_unheard_bytes + len(data)
+        if self._n_unheard_bytes <= self.limits.header_bytes_max:
+            return
+        if self._in_headers:
+            self._refuse(self.too_large)
+        else:  # trailers or the extension of a chunk: its answer may be under way
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 (the base class's; it says no more than ours)
         self._refuse(self.malformed)
 
-    def _await_headers(self) -> None:
-        self._headers_deadline = self.loop.call_later(self.limits.body_read_s_max, self.transport.close)
+    def _await(self) -> None:
+        self._stop_awaiting()
+        self._deadline = self.loop.call_later(self.limits.body_read_s_max, self.transport.close)
 
     def _stop_awaiting(self) -> None:
-        if self._headers_deadline is not None:
-            self._headers_deadline.cancel()
-            self._headers_deadline = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _refuse(self, answer: bytes) -> None:
         self._stop_awaiting()

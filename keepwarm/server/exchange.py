@@ -25,7 +25,6 @@ PACE_BYTES = 1 << 20  # of an upload, within `body_read_s_max`: 17 kB/s, as slow
 
 T = TypeVar("T")
 Headers = Sequence[tuple[str, str]]
-CLOSE: Headers = (("connection", "close"),)  # the rest of the request is not going to be read
 
 
 class Exchange:

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -43,7 +43,8 @@ async def connected(port: int) -> AsyncIterator[Client]:
         yield reader, writer
     finally:
         writer.close()
-        await writer.wait_closed()
+        with suppress(ConnectionError):  # the server may have cut it off
+            await writer.wait_closed()
 
 
 async def said(client: Client, *requests: bytes) -> tuple[int, bytes]:
@@ -97,6 +98,69 @@ async def test_a_body_in_the_same_segment_is_not_taken_for_headers(tmp_path: Pat
         writer.write(CHAT % (len(body), body))
         assert b" 200 " in await reader.readline()
         assert len(gateway.engine.plans) == 1
+
+
+CHUNKED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("endless", [b"x: 1\r\n" * 4_000, b"x: " + b"a" * 20_000], ids=["trailers", "a trailer"])
+async def test_trailers_that_never_end_are_cut_off_and_are_no_headers(tmp_path: Path, endless: bytes) -> None:
+    async with listening(tmp_path) as (gateway, _, port), connected(port) as (reader, writer):
+        writer.write(CHUNKED + b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY))
+        with suppress(ConnectionError):
+            for _ in range(20):
+                writer.write(endless)
+                await writer.drain()
+                await asyncio.sleep(0)
+            assert b"431" not in await reader.read()
+        assert writer.transport.is_closing() or await reader.read() == b""
+        gateway.assert_clean()
+
+
+async def test_trailers_of_a_request_are_dropped(tmp_path: Path) -> None:
+    async with listening(tmp_path) as (gateway, _, port), connected(port) as (reader, writer):
+        writer.write(CHUNKED + b"%x\r\n%b\r\n0\r\nauthorization: Bearer other\r\n\r\n" % (len(BODY), BODY))
+        assert b" 200 " in await reader.readline()
+        await reader.readuntil(b"[DONE]")
+        assert len(gateway.engine.plans) == 1
+
+
+async def test_a_body_in_small_chunks_is_not_taken_for_trailers(tmp_path: Path) -> None:
+    body = msgspec.json.encode({"model": "small", "messages": [{"role": "user", "content": "hi"}], "pad": "y" * 9_000})
+    async with listening(tmp_path) as (_, _, port), connected(port) as (reader, writer):
+        writer.write(CHUNKED + b"".join(b"1\r\n%b\r\n" % body[i : i + 1] for i in range(len(body))) + b"0\r\n\r\n")
+        assert b" 200 " in await reader.readline()
+
+
+async def test_the_rest_of_a_body_that_was_answered_has_bounded_time(tmp_path: Path) -> None:
+    config = replace(CONFIG, limits=replace(CONFIG.limits, body_read_s_max=0.05))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
+    async with listening(tmp_path, config) as (_, _, port), connected(port) as (reader, writer):
+        writer.write(head)
+        assert b" 401 " in await reader.readline()
+        await reader.readuntil(b"\r\n\r\n")
+        n_sent = 0
+        with suppress(ConnectionError):
+            while not reader.at_eof() and n_sent < 2_000:  # a byte from time to time keeps it open no longer
+                writer.write(b"x")
+                await writer.drain()
+                n_sent += 1
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.005):
+                        await reader.read(1000)
+        assert n_sent < 2_000
+
+
+async def test_a_body_that_was_answered_early_may_still_come_and_the_connection_serves_on(tmp_path: Path) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n"
+    async with listening(tmp_path) as (_, _, port), connected(port) as (reader, writer):
+        writer.write(head)
+        assert b" 401 " in await reader.readline()
+        writer.write(b"x" * 10 + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"HTTP/1.1 ")
+        assert (await reader.readline()).startswith(b"200")
 
 
 async def test_a_client_that_closes_its_connection_ends_its_turn(tmp_path: Path) -> None:
