@@ -22,7 +22,7 @@ def configure(log_format: Literal["auto", "console", "json"]) -> Log:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if console:
-        common.append(structlog.dev.ConsoleRenderer())
+        common += [_printable, structlog.dev.ConsoleRenderer()]
     else:
         common.append(structlog.processors.JSONRenderer(serializer=_as_json))
     structlog.configure(
@@ -39,6 +39,16 @@ def configure(log_format: Literal["auto", "console", "json"]) -> Log:
 
 def _as_json(line: structlog.typing.EventDict, **_options: object) -> bytes:
     return msgspec.json.encode(line)
+
+
+def _printable(_log: object, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A terminal obeys what it is sent, and a model's name is a client's text: what does not print is escaped."""
+    return {
+        name: value.encode("unicode_escape").decode("ascii")
+        if isinstance(value, str) and not value.isprintable()
+        else value
+        for name, value in line.items()
+    }
 
 
 def where(exc: BaseException) -> list[str]:

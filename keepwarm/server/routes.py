@@ -102,6 +102,7 @@ VERSION_HEADER = b"anthropic-version"
 GEMINI_ROOTS = ("", "/gemini")
 GEMINI_VERSIONS = ("/v1beta", "/v1")
 GOOGLE_KEY_HEADER, GOOGLE_KEY_FIELD = b"x-goog-api-key", re.compile(rb"(?:^|&)key=")
+KEY_HEADERS = (b"authorization", b"x-api-key", GOOGLE_KEY_HEADER)
 TITLE = "Keepwarm"
 DESCRIPTION = (
     "An LLM API server whose main feature is context caching. Kimi's calls under /v1 are also under /moonshot/v1, Anthropic's "
@@ -374,6 +375,14 @@ def credentials(exchange: Exchange) -> str | None:
     return exchange.headers.get("authorization") or (None if key is None else f"Bearer {key}")
 
 
+def _check_one_key(scope: Scope) -> None:
+    """Raises ApiError(INVALID_REQUEST) for a header twice: a proxy may have checked the other one."""
+    given = [name for name, _ in scope["headers"] if name in KEY_HEADERS]
+    for name in given:
+        if given.count(name) > 1:
+            raise ApiError(ErrorKind.INVALID_REQUEST, f"the request has {given.count(name)} {name.decode()} headers")
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One method of a path."""
@@ -452,6 +461,7 @@ class PathCalls:
             raise ApiError(ErrorKind.METHOD_NOT_ALLOWED, message)
         if operation.needs_key(exchange):
             with exchange.phases.measure("auth"):
+                _check_one_key(scope)
                 given = credentials(exchange)
                 if given is None and isinstance(self._dialect, GeminiContent):
                     raise missing_key()

@@ -194,3 +194,13 @@ async def test_a_stop_gives_running_turns_time_and_then_an_error(
         assert b"the server is stopping; try again" in rest
         assert b"second" not in rest
         gateway.assert_clean()
+
+
+@pytest.mark.parametrize("name", ["authorization", "x-api-key", "x-goog-api-key"])
+async def test_two_keys_of_one_kind_are_refused(tmp_path: Path, name: str) -> None:
+    """A proxy ahead of the server may have looked at the other one."""
+    head = f"GET /v1/models HTTP/1.1\r\nhost: x\r\n{name}: Bearer a\r\n{name}: Bearer b\r\nconnection: close\r\n\r\n"
+    async with listening(tmp_path) as (_, _, port), connected(port) as client:
+        status, answer = await said(client, head.encode())
+        assert status == 400
+        assert f"2 {name} headers".encode() in answer
