@@ -148,7 +148,7 @@ async def gateway(
     """The gateway and its background work, for as long as the context lasts. Raises ConfigError for a `[[warm]]` file."""
     objects = Objects(storage)
     models = ServedModels(config.model, any_name=config.dev)
-    admission = Admission(config.limits.turns_max, config.limits.turns_per_tenant_max)
+    admission = Admission(config.limits.turns_max, config.limits.turns_per_organisation_max)
     auth = DevAuth() if config.dev else KeyAuth(storage, clock)
     identities = Identities(storage, clock, ids, tiers=config.rates.tiers, default_tier=config.rates.default_tier)
     prompts = await _warm_prompts(config, auth)

@@ -116,7 +116,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     body_read_s_max: float = 60.0  # a slow upload, or a sender that stops
     keep_alive_s: int = 75  # longer than the 60 s of most load balancers, so that they close first
     turns_max: int = 64  # running and queued; the next one gets 429 before any work
-    turns_per_tenant_max: int = 48  # so that one tenant cannot fill the queue alone
+    turns_per_organisation_max: int = 48  # so that one cannot fill the queue alone, however many projects it has
     turn_s_max: float = 600.0  # a turn still running then ends with a timeout error
     connections_max: int = 1024  # below the usual limit of open files
     stop_strings_max: int = 16  # Kimi allows 5, OpenAI 4; more do no harm

@@ -29,7 +29,7 @@ CONFIG = Config(
     dev=True,
     model=ModelConfig(name="small", engine="scripted"),
     cache=CacheConfig(auto_tokens_min=64, disk_bytes=0),
-    limits=Limits(turns_max=8, turns_per_tenant_max=6),
+    limits=Limits(turns_max=8, turns_per_organisation_max=6),
 )
 
 HANG_S = 60.0  # a hang is a failure

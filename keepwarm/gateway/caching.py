@@ -68,7 +68,7 @@ class Caching:
         ENGINE_DOWN, PERMISSION_DENIED for a model that the key may not use.
         """
         check_allowed(principal, new.model)
-        with self._admission.enter(principal.tenant):  # rendering is work, too
+        with self._admission.enter(principal.organisation):  # rendering is work, too
             async with self._billing.enter(principal) as making:
                 obj = await self._read(principal, new)
                 await self._insert(making, obj, new.tags)
@@ -85,7 +85,7 @@ class Caching:
         turn_s_max = self._limits.turn_s_max
         try:
             async with asyncio.timeout(turn_s_max):
-                with self._admission.enter(principal.tenant):  # it is a turn without an answer, and takes as long
+                with self._admission.enter(principal.organisation):  # it is a turn without an answer, and takes as long
                     async with self._billing.enter(principal) as making:
                         obj = await self._read(principal, new)
                         await self._insert(making, obj, new.tags)

@@ -41,6 +41,8 @@ from keepwarm.gateway.stream import Choices, EventStream, closing, internal_erro
 from keepwarm.gateway.window import ready_model
 from keepwarm.telemetry import where
 
+SEED_BYTES = 4  # of the digest of an Idempotency-Key
+
 
 class RunFailed(ApiError):
     """A run of the engine ended in `Failed`."""
@@ -81,6 +83,7 @@ class Turn:
         self.rewritten: tuple[str, ...] = ()  # what normalisers changed
         self.lookup: CacheLookup | None = None  # once it has started
         self.answer = AnswerText()
+        self.conversation: Conversation | None = None  # to settle when the turn is over
         self._task: asyncio.Task[None] | None = None
         self._cause = ApiError(ErrorKind.CLIENT_CLOSED, "the client closed the connection")
         self._is_cancelled = False
@@ -159,7 +162,7 @@ class Turns:
         turn = Turn(
             turn_id,
             principal,
-            request,
+            request if repeat is None else _repeatable(request, repeat),
             phases,
             self._config.limits.event_queue_max,
             dialect=dialect,
@@ -208,7 +211,7 @@ class Turns:
         """
         check_allowed(principal, request.model)
         turn = Turn("", principal, request, phases, events_max=1, dialect="", began_at=self._clock.now())
-        with self._admission.enter(turn.tenant):
+        with self._admission.enter(principal.organisation):
             request = await self._prepared(turn)
             with phases.measure("render"):
                 built = await self._rendering.build(
@@ -230,6 +233,8 @@ class Turns:
                 finished = await self._story(turn)
             self._note(turn, "finished", finished.usage)
             turn.stream.emit(finished)
+            if turn.conversation is not None:  # not before: the answer and its bill would wait beside that work
+                self._settling.offer(turn.conversation)
         except asyncio.CancelledError:
             self._note(turn, turn.cancelled_by().value)
             raise
@@ -249,7 +254,7 @@ class Turns:
 
     async def _story(self, turn: Turn) -> Finished:
         check_allowed(turn.principal, turn.request.model)
-        with self._admission.enter(turn.tenant, turn.request.n):
+        with self._admission.enter(turn.principal.organisation, turn.request.n):
             async with self._billing.enter(turn.facts(), turn) as bill:
                 finished = await self._billed(turn, bill)
         return finished
@@ -274,7 +279,7 @@ class Turns:
         with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
             finished = await self._answer(turn, request, built, rules, look, bill)
         await self._renew_object(turn)
-        self._offer_settling(turn, request)
+        turn.conversation = self._conversation(turn, request)
         bill.finished(finished.usage)
         return finished
 
@@ -377,10 +382,21 @@ class Turns:
                 "lifetime not renewed", turn_id=turn.turn_id, object_id=turn.object.id, kind=error.kind.value
             )
 
-    def _offer_settling(self, turn: Turn, request: ChatRequest) -> None:
+    def _conversation(self, turn: Turn, request: ChatRequest) -> Conversation | None:
         """With several choices nobody knows which one the conversation goes on with."""
-        if self._config.cache.settle != "off" and request.n == 1:
-            self._settling.offer(Conversation(turn.turn_id, turn.tenant, request, turn.object, turn.answer))
+        if self._config.cache.settle == "off" or request.n > 1:
+            return None
+        return Conversation(turn.turn_id, turn.tenant, request, turn.object, turn.answer)
+
+
+def _repeatable(request: ChatRequest, repeat: Repeat) -> ChatRequest:
+    """With a seed made of the Idempotency-Key, if it has none: every attempt gives the same answer, and no other is to be had
+    for the price of one.
+    """
+    if request.sampling.seed is not None:
+        return request
+    seed = int.from_bytes(repeat.key_digest[:SEED_BYTES])
+    return replace(request, sampling=replace(request.sampling, seed=seed))
 
 
 def _choice_of(turn: Turn, request: ChatRequest, choice: int) -> tuple[str, ChatRequest]:

@@ -121,7 +121,7 @@ engine = "scripted"
 name = "scripted"
 [limits]
 turns_max = 2
-turns_per_tenant_max = 2
+turns_per_organisation_max = 2
 """
     server = start(config)
     client = server.client("one")

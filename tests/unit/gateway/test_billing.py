@@ -11,14 +11,14 @@ from keepwarm.billing.budget import Budget, Period, Scope
 from keepwarm.core.clock import RandomIds
 from keepwarm.core.errors import ErrorKind
 from keepwarm.core.event import Event, Failed, Started, TextDelta, Usage
-from keepwarm.core.identity import NewKey
+from keepwarm.core.identity import NewKey, OrganisationChange
 from keepwarm.core.prompt import Plan
 from keepwarm.core.rate_limit import LimitOverrides
 from keepwarm.gateway.identities import Identities
 from keepwarm.tables import cache_objects
 from tests.engines import StepEngine
 from tests.paid import NANO, paid, text_of, used
-from tests.world import until
+from tests.world import CONFIG, until
 
 
 async def test_minimax_worked_example(tmp_path: Path) -> None:
@@ -195,6 +195,40 @@ async def test_a_repeat_is_charged_once_and_another_body_is_refused(tmp_path: Pa
         assert "dempotency-Key" in refused.json()["error"]["message"]
         assert (await at.ask("kimi", "another")).status == 200
         assert await at.balanced() == 2 * first
+
+
+async def test_a_repeat_gets_the_same_answer_so_that_no_other_is_had_for_its_price(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        for key in ("order-66", "order-66", "order-67"):
+            await at.ask("kimi", "hello", headers={"idempotency-key": key}, temperature=1.0)
+        await at.ask("kimi", "hello", headers={"idempotency-key": "order-68"}, temperature=1.0, seed=7)
+        await at.ask("kimi", "hello", temperature=1.0)
+        first, again, other, own, fresh = (plan.sampling.seed for plan in at.server.engine.plans)
+        assert first == again != other
+        assert first is not None and other is not None
+        assert (own, fresh) == (7, None)
+
+
+async def test_places_are_an_organisations_whatever_namespaces_its_projects_have(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        server = at.server
+        identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
+        await identities.change_organisation("acme", OrganisationChange(cache_scope="project"))
+        await identities.create_project("acme", "other")
+        new = NewKey("of-other", project="other")
+        key, _ = await identities.create_key("acme", new, may_make_operators=False)
+        gate = asyncio.Event()
+        server.engine.gate = gate.wait
+        async with asyncio.TaskGroup() as tasks:
+            asked = [
+                tasks.create_task(at.ask("small", "hello")) for _ in range(CONFIG.limits.turns_per_organisation_max)
+            ]
+            await until(lambda: server.running.turns.n_turns == len(asked))
+            refused = await server.chat("hello", key=key, model="small")
+            gate.set()
+        assert refused.status == 429
+        assert "6 of your requests are being served, limit 6" in refused.json()["error"]["message"]
+        assert {one.result().status for one in asked} == {200}
 
 
 async def test_limits_are_told_on_answers_and_refusals(tmp_path: Path) -> None:
