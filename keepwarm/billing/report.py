@@ -2,6 +2,9 @@
 
 Only rows of use count: settled turns, cache objects made, storage. A line is of one currency, and currencies are never
 added. Use of a model without prices has no currency and no money, which is not 0: it stands in lines of its own.
+
+Rows are read in parts, so that turns wait for a part at the longest. They are only ever added, in the order of their numbers,
+so all up to the last one of the beginning are the ledger at that moment.
 """
 
 from collections.abc import Iterable
@@ -19,6 +22,7 @@ from keepwarm.storage import Storage
 from keepwarm.tables import BIG, api_keys, ledger_rows
 
 DAY_S = 86_400
+PART = 10_000  # rows in one transaction: some 15 ms in which turns wait
 USE_KINDS = (RowKind.SETTLE.value, RowKind.CREATION.value, RowKind.STORAGE.value)
 
 _Sums = TypeVar("_Sums", "Use", "Money")
@@ -126,15 +130,22 @@ def totals(lines: Iterable[UsageLine]) -> tuple[UsageLine, ...]:
         so_far = found.get(line.currency)
         if so_far is None:
             found[line.currency] = UsageLine({}, line.currency, line.use, line.money)
-            continue
-        money = None if line.money is None or so_far.money is None else _added(so_far.money, line.money)
-        found[line.currency] = UsageLine({}, line.currency, _added(so_far.use, line.use), money)
+        else:
+            found[line.currency] = _joined(so_far, line, {})
     return tuple(found[currency] for currency in sorted(found, key=lambda one: (one is None, one or "")))
 
 
-async def usage(storage: Storage, query: UsageQuery) -> UsageReport:
+async def usage(storage: Storage, query: UsageQuery, part: int = PART) -> UsageReport:
     """The report of a query, from all rows that are in the ledger now."""
-    return await storage.run(partial(_report, query))
+    last = await storage.read(_last)
+    found: dict[tuple[Any, ...], UsageLine] = {}
+    for begin in range(0, last, part):
+        for line in await storage.read(partial(_part, query, begin, min(begin + part, last))):
+            key = (*line.of.values(), line.currency)
+            found[key] = line if key not in found else _joined(found[key], line, line.of)
+    lines = sorted(found.values(), key=_order)
+    ids = {value for line in lines if isinstance(value := line.of.get(By.KEY), int)}
+    return UsageReport(query, tuple(lines), totals(lines), await storage.read(partial(_key_names, ids)) if ids else {})
 
 
 def month_days(month: str) -> tuple[date, date]:
@@ -152,14 +163,25 @@ def _added(one: _Sums, other: _Sums) -> _Sums:
     return type(one)(*(a + b for a, b in zip(astuple(one), astuple(other), strict=True)))
 
 
-def _report(query: UsageQuery, connection: sa.Connection) -> UsageReport:
+def _joined(one: UsageLine, other: UsageLine, of: dict[By, date | int | str | None]) -> UsageLine:
+    """Both together, of one currency."""
+    money = None if one.money is None or other.money is None else _added(one.money, other.money)
+    return UsageLine(of, one.currency, _added(one.use, other.use), money)
+
+
+def _last(connection: sa.Connection) -> int:
+    return int(connection.execute(sa.select(sa.func.coalesce(sa.func.max(ledger_rows.c.seq), 0))).scalar_one())
+
+
+def _part(query: UsageQuery, after: int, last: int, connection: sa.Connection) -> list[UsageLine]:
+    """Of the rows with a number above `after` and up to `last`."""
     columns = [_COLUMNS[by].label(by.value) for by in query.by]
-    currency = ledger_rows.c.currency
-    select = sa.select(*columns, currency, *_USE.values(), *_MONEY.values()).where(*_conditions(query))
-    rows = connection.execute(select.group_by(*columns, currency)).all()
-    lines = sorted((_line(query.by, tuple(row)) for row in rows), key=_order)
-    ids = {value for line in lines if isinstance(value := line.of.get(By.KEY), int)}
-    return UsageReport(query, tuple(lines), totals(lines), _key_names(connection, ids))
+    currency, seq = ledger_rows.c.currency, ledger_rows.c.seq
+    select = sa.select(*columns, currency, *_USE.values(), *_MONEY.values())
+    rows = connection.execute(
+        select.where(seq > after, seq <= last, *_conditions(query)).group_by(*columns, currency)
+    ).all()
+    return [_line(query.by, tuple(row)) for row in rows]
 
 
 def _conditions(query: UsageQuery) -> list[sa.ColumnElement[bool]]:
@@ -191,10 +213,8 @@ def _order(line: UsageLine) -> tuple[tuple[bool, Any], ...]:
     return tuple((value is None, "" if value is None else value) for value in values)
 
 
-def _key_names(connection: sa.Connection, ids: set[int]) -> dict[int, str]:
+def _key_names(ids: set[int], connection: sa.Connection) -> dict[int, str]:
     """Ids are few: one a key that was used."""
-    if not ids:
-        return {}
     found = connection.execute(sa.select(api_keys.c.seq, api_keys.c.name))
     return {row.seq: row.name for row in found if row.seq in ids}
 

@@ -4,6 +4,7 @@ Each is of one organisation: the caller's own, or for an operator the one that t
 all when it names none. Amounts are decimals as text, exact to the nano.
 """
 
+import asyncio
 from datetime import date
 from typing import Literal
 
@@ -14,7 +15,7 @@ from keepwarm.billing.amount import checked_currency, nano_of
 from keepwarm.billing.budget import Budget, BudgetState, Period, Scope
 from keepwarm.billing.invoice import invoice, invoice_query
 from keepwarm.billing.ledger import Balance, Ledger
-from keepwarm.billing.report import By, UsageQuery, usage
+from keepwarm.billing.report import By, UsageQuery, UsageReport, usage
 from keepwarm.billing.report_text import UsageReply, usage_csv, usage_reply
 from keepwarm.billing.sheet import decimal_text
 from keepwarm.core.clock import Clock
@@ -31,6 +32,8 @@ from keepwarm.storage import Storage
 
 TAG = "money"
 KEY_ID_DIGITS_MAX = 9  # the column has 32 bits
+REPORTS_MAX = 8  # usage and invoices being made or waiting
+RETRY_AFTER_S = 1
 ORG = Param("organisation", "whose; by default the key's own, and only an operator may name another")
 USAGE_PARAMS = (
     Param("by", "what lines are told apart by, with commas: day, organisation, project, key, model, dialect, sheet"),
@@ -118,6 +121,8 @@ class BillingCalls:
         self._encoder = msgspec.json.Encoder()
         self._budget = JsonBody(BudgetText)
         self._grant = JsonBody(NewGrant)
+        self._reading = asyncio.Semaphore(1)  # reports: the database's thread is the turns'
+        self._n_reports = 0
 
     async def usage(self, exchange: Exchange) -> None:
         """GET /admin/usage."""
@@ -136,7 +141,7 @@ class BillingCalls:
         output = given.get("format", "json")
         if output not in ("json", "csv"):
             raise _wrong("format", f"{output[:40]!r} is neither json nor csv")
-        report = await usage(self._storage, asked)
+        report = await self._report(asked)
         if output == "csv":
             await exchange.reply(usage_csv(report).encode(), content_type="text/csv; charset=utf-8")
         else:
@@ -148,7 +153,7 @@ class BillingCalls:
         if "month" not in given:
             raise _wrong("month", "is required, such as 2026-11")
         asked = invoice_query(_organisation(exchange, given.get("organisation")), given["month"])
-        page = invoice(await usage(self._storage, asked), self._clock.now())
+        page = invoice(await self._report(asked), self._clock.now())
         await exchange.reply(page.encode(), content_type="text/html; charset=utf-8")
 
     async def balance(self, exchange: Exchange) -> None:
@@ -208,6 +213,18 @@ class BillingCalls:
             available_nano=best.available_nano, voucher_nano=best.voucher_nano, cash_nano=best.cash_nano
         )
         await exchange.reply(body)
+
+    async def _report(self, asked: UsageQuery) -> UsageReport:
+        """One after another. Raises ApiError(OVERLOADED) when some wait already."""
+        if self._n_reports >= REPORTS_MAX:
+            message = f"{self._n_reports} reports are being made, limit {REPORTS_MAX}; try again shortly"
+            raise ApiError(ErrorKind.OVERLOADED, message, retry_after_s=RETRY_AFTER_S)
+        self._n_reports += 1
+        try:
+            async with self._reading:
+                return await usage(self._storage, asked)
+        finally:
+            self._n_reports -= 1
 
     def _parsed(self, exchange: Exchange, text: BudgetText) -> Budget:
         return Budget(

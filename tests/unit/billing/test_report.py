@@ -75,7 +75,7 @@ def storage(any_database: Path | str) -> Iterator[Storage]:
 
 
 def report(storage: Storage, query: UsageQuery) -> UsageReport:
-    return asyncio.run(usage(storage, query))
+    return asyncio.run(usage(storage, query, part=400))
 
 
 def day_of(row: Written) -> date:
@@ -150,6 +150,18 @@ def test_every_number_is_the_sum_over_its_rows(storage: Storage, query: UsageQue
         assert (total.money is None) == (total.currency is None)
         assert total.money is None or total.money.charged == expected["charged"]
     assert told.has_unpriced == (None in by_currency)
+
+
+async def test_others_write_between_two_parts_and_are_not_in_the_report(storage: Storage) -> None:
+    before = await usage(storage, UsageQuery())
+    asked = asyncio.create_task(usage(storage, UsageQuery(), part=1))
+    n_written = 0
+    while not asked.done():
+        row = random_row(random.Random(n_written), 10_000 + n_written)
+        await storage.run(lambda connection, row=row: connection.execute(sa.insert(ledger_rows), [row]))
+        n_written += 1
+    assert n_written > 100
+    assert asked.result() == before != await usage(storage, UsageQuery())
 
 
 def test_lines_are_in_order_of_day_with_no_value_last(storage: Storage) -> None:

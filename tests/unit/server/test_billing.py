@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from keepwarm.billing.ledger import Ledger
+from keepwarm.billing.report import UsageQuery, UsageReport
 from keepwarm.config import Limits
 from keepwarm.core.clock import RandomIds
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.principal import Access, Principal, Role
 from keepwarm.gateway.identities import Identities
 from keepwarm.gateway.phases import Phases
-from keepwarm.server.billing import billing_entries, kimi_balance_entries
+from keepwarm.server.billing import REPORTS_MAX, BillingCalls, billing_entries, kimi_balance_entries
 from keepwarm.server.exchange import Exchange
 from tests import used
 from tests.world import CountingIds, FakeClock
@@ -159,3 +160,21 @@ def test_budgets_are_set_and_removed(ask: Ask) -> None:
         ask("DELETE", "/admin/budgets", "currency=CNY&period=month")
     with pytest.raises(ApiError):
         ask("PUT", "/admin/budgets", "", {"currency": "CNY", "period": "day", "hard": "1", "project": "none"})
+
+
+def test_reports_are_made_one_after_another_and_only_so_many_wait(tmp_path: Path) -> None:
+    clock = FakeClock()
+    storage = used.make(tmp_path, clock)
+    ledger = Ledger(storage, clock, RandomIds(), hold_s=1.0)
+    calls = BillingCalls(storage, ledger, Identities(storage, clock, CountingIds(), tiers={}, default_tier=None), clock)
+
+    async def ask_twice() -> list[list[Any]]:
+        asked = [calls._report(UsageQuery()) for _ in range(2 * (REPORTS_MAX + 1))]
+        half = len(asked) // 2  # places come back
+        return [await asyncio.gather(*several, return_exceptions=True) for several in (asked[:half], asked[half:])]
+
+    for *made, refused in asyncio.run(ask_twice()):
+        assert len(set(map(repr, made))) == 1 and isinstance(made[0], UsageReport)
+        assert isinstance(refused, ApiError) and refused.kind is ErrorKind.OVERLOADED
+        assert f"limit {REPORTS_MAX}" in refused.message
+    storage.close()
