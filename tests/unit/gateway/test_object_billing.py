@@ -339,6 +339,7 @@ async def test_making_an_object_takes_its_tokens(tmp_path: Path, path: str, make
         assert f"current: {2 * n_tokens}, this request: {n_tokens}, limit: 1200" in refused.json()["error"]["message"]
         assert len((await at.server.request("GET", path, key=at.key)).json().get("data", ["", ""])) == 2
         assert await at.tokens_left() == 1_200 - 2 * n_tokens
+        await unheld(at)
         assert [len(await at.rows(kind)) for kind in ("hold", "creation")] == [2, 2]
         assert (await make(at, "x" * 1_300)).status == 400, "no wait would help"
 
