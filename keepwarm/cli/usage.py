@@ -8,13 +8,15 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from keepwarm.billing.invoice import invoice as invoice_page
 from keepwarm.billing.invoice import invoice_query
-from keepwarm.billing.report import By, UsageLine, UsageQuery, UsageReport
+from keepwarm.billing.report import By, Money, UsageLine, UsageQuery, UsageReport
 from keepwarm.billing.report import usage as usage_report
 from keepwarm.billing.report_text import usage_csv, usage_reply
 from keepwarm.billing.sheet import decimal_text
@@ -27,6 +29,10 @@ from keepwarm.core.errors import ApiError
 USAGE_EXAMPLE = "keepwarm usage --by day,model --from 2026-11-01 --org research"
 INVOICE_EXAMPLE = "keepwarm invoice research 2026-11 --out research.html"
 PARTS = ", ".join(by.value for by in By)
+COUNTS = ("calls", "fresh", "read", "write", "output", "token-h")
+AMOUNTS = ("cost", "charged", "uncached", "saved")
+NAME_CHARS_MIN = 10  # a day's: what a column of names has at the least, whatever the terminal
+WIDTH_MAX = 10_000  # of a table that is measured
 
 
 class Format(Enum):
@@ -108,34 +114,42 @@ def _parts(text: str) -> tuple[By, ...]:
 
 
 def _print(report: UsageReport) -> None:
-    console = Console()
-    table = Table(show_footer=False)
-    for by in report.query.by:
-        table.add_column(by.value)
-    table.add_column("currency")
-    for heading in (
-        "calls",
-        "fresh",
-        "read",
-        "write",
-        "output",
-        "storage h·Mtok",
-        "cost",
-        "charged",
-        "uncached",
-        "saved",
-    ):
-        table.add_column(heading, justify="right")
-    for line in report.lines:
-        table.add_row(*map(escape, (*_names(line, report), *_numbers(line))))
-    if len(report.lines) > len(report.totals):
-        table.add_section()
-        for line in report.totals:
-            label = ["total", *[""] * (len(report.query.by) - 1)] if report.query.by else []
-            table.add_row(*map(escape, (*label, *_numbers(line))))
-    console.print(table)
+    """Two tables, since both side by side are wider than most terminals."""
+    named = [*((list(_names(line, report)), line) for line in report.lines), *_totals(report)]
+    parts = [by.value for by in report.query.by]
+    _print_table("tokens", parts, COUNTS, [(names, _counts(line), line.currency) for names, line in named])
+    typer.echo()
+    paid = [(names, _amounts(line.money), line.currency) for names, line in named if line.money is not None]
+    _print_table("money", parts, AMOUNTS, paid)
     if report.has_unpriced:
-        console.print("Lines without a currency are use of models that had no prices: it is in no amount above.")
+        Console().print("Lines without a currency are use of models that had no prices: it is in no amount.")
+
+
+def _totals(report: UsageReport) -> list[tuple[list[str], UsageLine]]:
+    """Where they say more than the lines do."""
+    if len(report.lines) <= len(report.totals):
+        return []
+    label = ["total", *[""] * (len(report.query.by) - 1)] if report.query.by else []
+    return [(label, line) for line in report.totals]
+
+
+def _print_table(
+    title: str, parts: list[str], headings: tuple[str, ...], rows: list[tuple[list[str], list[str], str | None]]
+) -> None:
+    """As wide as the terminal, or wider where numbers need it: names are folded, numbers are whole."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for part in parts:
+        table.add_column(part, overflow="fold", max_width=NAME_CHARS_MIN)
+    table.add_column("currency", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for names, numbers, currency in rows:
+        table.add_row(*map(escape, (*names, currency or "", *numbers)))
+    console = Console()
+    least = Measurement.get(console, console.options.update(max_width=WIDTH_MAX), table).maximum
+    for column in table.columns[: len(parts)]:
+        column.max_width = None
+    Console(width=max(console.width, least)).print(table)
 
 
 def _names(line: UsageLine, report: UsageReport) -> Iterable[str]:
@@ -144,13 +158,11 @@ def _names(line: UsageLine, report: UsageReport) -> Iterable[str]:
         yield "" if value is None else str(value) if name is None else f"{value} {name}"
 
 
-def _numbers(line: UsageLine) -> list[str]:
-    use, money = line.use, line.money
+def _counts(line: UsageLine) -> list[str]:
+    use = line.use
     counts = (use.n_calls, use.n_fresh, use.n_read, use.n_write, use.n_output)
-    amounts = () if money is None else (money.cost, money.charged, money.uncached, money.saved)
-    return [
-        line.currency or "",
-        *(f"{count:,}" for count in counts),
-        f"{use.storage_token_s / 3.6e9:,.6f}",
-        *(map(decimal_text, amounts) if amounts else [""] * 4),
-    ]
+    return [*(f"{count:,}" for count in counts), f"{use.storage_token_s / 3600:,.3f}" if use.storage_token_s else "0"]
+
+
+def _amounts(money: Money) -> list[str]:
+    return [decimal_text(amount) for amount in (money.cost, money.charged, money.uncached, money.saved)]

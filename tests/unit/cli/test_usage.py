@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +19,9 @@ Run = Callable[..., Result]
 def run(tmp_path: Path) -> Run:
     used.make(tmp_path, FakeClock()).close()
 
-    def invoke(*args: str) -> Result:
+    def invoke(*args: str, columns: int = 250) -> Result:
         return CliRunner().invoke(
-            build(), [*args, "--data-dir", str(tmp_path)], env={"COLUMNS": "250"}, catch_exceptions=False
+            build(), [*args, "--data-dir", str(tmp_path)], env={"COLUMNS": f"{columns}"}, catch_exceptions=False
         )
 
     return invoke
@@ -32,6 +33,23 @@ def test_the_table_has_lines_totals_and_says_what_has_no_prices(run: Run) -> Non
     assert "kimi@2024-07-01" in result.stdout
     assert "total" in result.stdout
     assert "use of models that had no prices" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "by", ["", "model", "day,organisation,model", "day,organisation,project,key,model,dialect,sheet"]
+)
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_narrow_terminal_breaks_no_number(run: Run, by: str, columns: int) -> None:
+    told = run("usage", "--by", by, columns=columns).stdout
+    if columns == 80 and by.count(",") <= 2:
+        assert max(map(len, told.splitlines())) <= 80
+    items = json.loads(run("usage", "--by", by, "--format", "json").stdout)["data"]
+    for item in items:
+        numbers = [f"{item[name]:,}" for name in ("n_calls", "n_fresh", "n_read", "n_write", "n_output")]
+        assert re.search(r"\s+".join(numbers) + r"\s", told)
+        if item["currency"] is not None:
+            amounts = (item[name] for name in ("cost", "charged", "uncached", "saved"))
+            assert re.search(r"\s+".join(map(re.escape, amounts)) + r"\s", told)
 
 
 def test_json_and_csv_have_the_same_lines(run: Run) -> None:
