@@ -75,7 +75,7 @@ class Paid(msgspec.Struct):
         """Another key of the organisation, that may use these models only."""
         identities = Identities(self.server.storage, self.server.clock, RandomIds(), tiers={}, default_tier=None)
         new = NewKey(RandomIds().new("k"), models=models)
-        return (await identities.create_key("acme", new, may_make_operators=False))[0]
+        return (await identities.create_key("acme", new, by=None))[0]
 
     async def tokens_left(self) -> int:
         """Of the minute that is under way."""
@@ -128,7 +128,7 @@ async def paid(
             await identities.create_organisation(
                 NewOrganisation("acme", limits=limits or LimitOverrides(), is_prepaid=prepaid)
             )
-        key, _ = await identities.create_key("acme", NewKey(RandomIds().new("k")), may_make_operators=True)
+        key, _ = await identities.create_key("acme", NewKey(RandomIds().new("k")), by=None)
         book = await asyncio.to_thread(load_price_book, config.billing, config.model, server.clock.now())
         yield Paid(server, key, book)
 

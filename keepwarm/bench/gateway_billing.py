@@ -92,7 +92,7 @@ async def _prepared(data_dir: Path, clock: Clock) -> str:
     try:
         identities = Identities(storage, clock, ids, tiers={}, default_tier=None)
         await identities.create_organisation(NewOrganisation(ORGANISATION, limits=LIMITS))
-        key, _ = await identities.create_key(ORGANISATION, NewKey("bench"), may_make_operators=False)
+        key, _ = await identities.create_key(ORGANISATION, NewKey("bench"), by=None)
         budget = Budget(Scope(ORGANISATION), CURRENCY, Period.MONTH, hard_nano=HARD_NANO)
         await Ledger(storage, clock, ids, hold_s=0.0).set_budget(budget)
     finally:

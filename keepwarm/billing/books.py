@@ -30,10 +30,12 @@ from keepwarm.billing.budget import (
     scopes_of,
 )
 from keepwarm.billing.row import Payer, Row, RowKind
+from keepwarm.billing.sheet import decimal_text
 from keepwarm.core.errors import ApiError, ErrorKind
 
 ATTEMPTS_MAX = 5  # with one Idempotency-Key; clients retry two or three times
 REPEAT_S = 24 * 3600.0  # so long after its last attempt a key is remembered
+SUM_NANO_MAX = 10**18  # of cash and of vouchers; a column holds nine times that, so use and holds have room
 RETRY_AFTER_S = 2  # while the attempt before is still running
 
 AccountKey = tuple[str, str]  # organisation, currency
@@ -265,8 +267,17 @@ class Books:
         return sum(self._lapse(*key) for key in list(self.at.vouchers))
 
     def credit(self, row: Row, voucher: Voucher | None = None) -> None:
-        """Add a grant or a correction: the row has its sums. For a grant of a voucher `voucher` is that."""
+        """Add a grant or a correction: the row has its sums. For a grant of a voucher `voucher` is that.
+
+        Raises ApiError(INVALID_REQUEST) when the organisation would have more than can be counted.
+        """
         assert row.currency is not None and row.id not in self.at.known
+        account = self.at.accounts.get((row.organisation, row.currency), Account())
+        for had, comes in ((account.cash_nano, row.cash_nano), (account.voucher_nano, row.voucher_nano)):
+            if abs(had + comes) > SUM_NANO_MAX:
+                told = " and ".join(f"{decimal_text(nano)} {row.currency}" for nano in (had, comes))
+                message = f"{told} are together beyond what can be counted, {decimal_text(SUM_NANO_MAX)}"
+                raise ApiError(ErrorKind.INVALID_REQUEST, message, param="amount")
         if voucher is not None:
             key = (row.organisation, row.currency)
             self.at.vouchers[key] = in_order((*self.at.vouchers.get(key, ()), voucher))

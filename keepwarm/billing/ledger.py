@@ -31,6 +31,7 @@ from keepwarm.tables import budgets, ledger_rows, repeats, spending
 T = TypeVar("T")
 
 GROUP_MAX = 256  # acts in one transaction: as long as it lasts the database does nothing else
+BUDGETS_MAX = 1000  # of an organisation, its projects and keys: each hold looks at them
 TRIES = 5  # to write what was used, when the database is busy or cannot be reached
 TRY_AGAIN_S = 1.0
 SPENDING_KINDS = (RowKind.SETTLE.value, RowKind.CREATION.value, RowKind.STORAGE.value)
@@ -179,7 +180,7 @@ class Ledger:
     async def set_budget(self, budget: Budget) -> None:
         """Set or change a budget; what was spent before in its current period counts.
 
-        Raises ApiError(INVALID_REQUEST) without a stop, below 0, or with a soft one above the hard one.
+        Raises ApiError(INVALID_REQUEST) without a stop, below 0, with a soft one above the hard one, or for one too many.
         """
         _check_budget(budget)
         await self._storage.run(partial(_set_budget, self._clock, budget))
@@ -287,6 +288,11 @@ def _set_budget(clock: Clock, budget: Budget, connection: sa.Connection) -> None
     now = clock.now()
     key = {"scope": budget.scope.text, "currency": budget.currency, "period": budget.period.value}
     _remove_budget(budget, connection)
+    of_org = budgets.c.organisation == budget.scope.organisation
+    n = connection.execute(sa.select(sa.func.count()).select_from(budgets).where(of_org)).scalar_one()
+    if n >= BUDGETS_MAX:
+        message = f"organisation {budget.scope.organisation!r} has {n:,} of at most {BUDGETS_MAX:,} budgets"
+        raise ApiError(ErrorKind.INVALID_REQUEST, message)
     connection.execute(
         sa.insert(budgets).values(
             organisation=budget.scope.organisation, soft_nano=budget.soft_nano, hard_nano=budget.hard_nano, **key

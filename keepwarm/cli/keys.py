@@ -47,9 +47,7 @@ def create(
     """Make an API key and print it, this once: only a digest is kept."""
     ends = None if expires_at is None else int(expires_at.replace(tzinfo=UTC).timestamp())
     new = NewKey(name, project, role, ends, tuple(model) if model else None)
-    key, _ = with_identities(
-        data_dir, database_url, lambda found: found.create_key(org, new, may_make_operators=True), create=True
-    )
+    key, _ = with_identities(data_dir, database_url, lambda found: found.create_key(org, new, by=None), create=True)
     typer.echo(key)
     typer.echo("Keep it: it is not stored and cannot be shown again.", err=True)
 

@@ -47,5 +47,5 @@ def archive(
     project: ProjectName, org: Org = DEFAULT_ORGANISATION, data_dir: DataDir = None, database_url: DatabaseUrl = None
 ) -> None:
     """Refuse a project's keys, also in a running server, until it is made again."""
-    with_identities(data_dir, database_url, lambda found: found.archive_project(org, project))
+    with_identities(data_dir, database_url, lambda found: found.archive_project(org, project, by=None))
     typer.echo(f"archived {org}/{project}")

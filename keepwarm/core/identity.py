@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.principal import Role
+from keepwarm.core.principal import Principal, Role
 from keepwarm.core.rate_limit import LimitOverrides
 
 DEFAULT_ORGANISATION = "default"
@@ -18,6 +18,9 @@ PROJECT_SCOPE = "project"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 MODELS_MAX = 100  # names in a key's list
 MODEL_CHARS_MAX = 200
+PROJECTS_MAX = 100  # of an organisation, archived ones too: each may be a namespace with quotas of its own
+LIVE_KEYS_MAX = 1000  # of an organisation
+KEY_ID_MAX = 2**31 - 1  # the column has 32 bits
 EXPIRES_AT_MAX = 253_402_300_799  # the end of the year 9999, the last that can be written as a date
 
 CacheScope = Literal["organisation", "project"]
@@ -107,6 +110,31 @@ def require_name(what: str, text: str, param: str) -> None:
             "first a letter or digit"
         )
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param=param)
+
+
+def key_id_of(text: str) -> int | None:
+    """A key's id; None for what is none."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(KEY_ID_MAX))):
+        return None
+    return int(text) if int(text) <= KEY_ID_MAX else None
+
+
+def check_granted(new: NewKey, by: Principal | None) -> None:
+    """A key makes none that may do more, or longer. `by` None is the command line, which may make any.
+
+    Raises ApiError(PERMISSION_DENIED).
+    """
+    if by is None:
+        return
+    if new.role is Role.OPERATOR and not by.is_operator:
+        message = "a key with the role operator is made by an operator's key, or with keepwarm keys create"
+        raise ApiError(ErrorKind.PERMISSION_DENIED, message, param="role")
+    if by.models is not None and not set(new.models or ("",)) <= set(by.models):
+        message = f"this key may use {', '.join(by.models)} only, so a key it makes needs models, and of these"
+        raise ApiError(ErrorKind.PERMISSION_DENIED, message, param="models")
+    if by.expires_at is not None and (new.expires_at is None or new.expires_at > by.expires_at):
+        message = f"this key ends at {by.expires_at}, so a key it makes needs an expires_at that is not later"
+        raise ApiError(ErrorKind.PERMISSION_DENIED, message, param="expires_at")
 
 
 def check_new_key(new: NewKey, now: float) -> None:

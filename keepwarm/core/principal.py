@@ -50,10 +50,15 @@ class Principal(Struct, frozen=True):
     is_prepaid: bool = False  # the organisation's turns need a balance that covers them
     tier: str | None = None  # of the organisation's limits; None: the configured default
     limits: bytes | None = None  # JSON: single limits that differ from the tier's
+    expires_at: int | None = None  # of the key, unix seconds; None: never
 
     @property
     def is_billed(self) -> bool:
         return self.key_id is not None
+
+    @property
+    def is_operator(self) -> bool:
+        return self.role is Role.OPERATOR
 
 
 def check_access(principal: Principal, access: Access) -> None:
@@ -63,6 +68,13 @@ def check_access(principal: Principal, access: Access) -> None:
             f"this call needs a key with the role {access.value} or above; this key's role is {principal.role.value}"
         )
         raise ApiError(ErrorKind.PERMISSION_DENIED, message)
+
+
+def check_sees(principal: Principal, organisation: str) -> None:
+    """Raises ApiError(UNKNOWN_ROUTE) for another's organisation, there or not, unless the caller is an operator."""
+    if organisation != principal.organisation and not principal.is_operator:
+        message = f"this key's organisation is {principal.organisation!r}, it sees no other"
+        raise ApiError(ErrorKind.UNKNOWN_ROUTE, message)
 
 
 def allowed(principal: Principal, model: str) -> bool:

@@ -100,6 +100,7 @@ def _principal(row: sa.Row[Any]) -> Principal:
         is_prepaid=row.is_prepaid,
         tier=row.tier,
         limits=row.limits,
+        expires_at=row.expires_at,
     )
 
 

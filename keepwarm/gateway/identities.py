@@ -17,16 +17,19 @@ from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.identity import (
     DEFAULT_ORGANISATION,
     DEFAULT_PROJECT,
+    LIVE_KEYS_MAX,
+    PROJECTS_MAX,
     KeyInfo,
     NewKey,
     NewOrganisation,
     Organisation,
     OrganisationChange,
     Project,
+    check_granted,
     check_new_key,
     require_name,
 )
-from keepwarm.core.principal import Role
+from keepwarm.core.principal import Principal, Role
 from keepwarm.core.rate_limit import LimitOverrides, OrgLimits, parse_overrides, resolved_limits
 from keepwarm.gateway.auth import digest
 from keepwarm.storage import Storage
@@ -96,6 +99,7 @@ class Identities:
             _required_organisation(connection, org)
             found = _project(connection, org, name)
             if found is None:
+                _check_room(connection, projects, projects.c.organisation == org, PROJECTS_MAX, "projects")
                 connection.execute(sa.insert(projects).values(organisation=org, name=name, created_at=now))
                 return Project(org, name, now, None)
             if found.archived_at is None:
@@ -120,12 +124,18 @@ class Identities:
         """Raises ApiError(UNKNOWN_ROUTE)."""
         return await self._storage.run(lambda connection: _required_project(connection, org, name))
 
-    async def archive_project(self, org: str, name: str) -> Project:
-        """Its keys are refused from now on. Archiving it again changes nothing. Raises ApiError(UNKNOWN_ROUTE)."""
+    async def archive_project(self, org: str, name: str, *, by: Principal | None) -> Project:
+        """Its keys are refused from now on. Archiving it again changes nothing. `by` None is the command line.
+
+        Raises ApiError: UNKNOWN_ROUTE, PERMISSION_DENIED where it would end an operator's key.
+        """
         now = int(self._clock.now())
 
         def write(connection: sa.Connection) -> Project:
             found = _required_project(connection, org, name)
+            if not _may_end_operators(by) and _has_operators(connection, org, name):
+                message = f"project {name!r} has a live key with the role operator, so only operators may archive it"
+                raise ApiError(ErrorKind.PERMISSION_DENIED, message)
             archived = replace(found, archived_at=found.archived_at or now)
             statement = sa.update(projects).where(_is_project(org, name))
             connection.execute(statement.values(archived_at=archived.archived_at))
@@ -133,17 +143,15 @@ class Identities:
 
         return await self._storage.run(write)
 
-    async def create_key(self, org: str | None, new: NewKey, *, may_make_operators: bool) -> tuple[str, KeyInfo]:
-        """The key, which cannot be read again, and what is known of it.
+    async def create_key(self, org: str | None, new: NewKey, *, by: Principal | None) -> tuple[str, KeyInfo]:
+        """The key, which cannot be read again, and what is known of it. `by` None is the command line.
 
         `org` None is the organisation "default", which is made if need be. Raises ApiError: UNKNOWN_ROUTE for the
         organisation, INVALID_REQUEST, PERMISSION_DENIED.
         """
         now = int(self._clock.now())
         check_new_key(new, now)
-        if new.role is Role.OPERATOR and not may_make_operators:
-            message = "a key with the role operator is made by an operator's key, or with keepwarm keys create"
-            raise ApiError(ErrorKind.PERMISSION_DENIED, message, param="role")
+        check_granted(new, by)
         owner = DEFAULT_ORGANISATION if org is None else org
         key = KEY_PREFIX + self._ids.new("") + self._ids.new("")
 
@@ -170,9 +178,12 @@ class Identities:
 
         return key, await self._storage.run(add)
 
-    async def keys(self, org: str | None = None) -> list[KeyInfo]:
-        """All keys ever made for an organisation, None: for all of them; oldest first. Raises ApiError(UNKNOWN_ROUTE)."""
-        query = sa.select(api_keys).order_by(api_keys.c.seq)
+    async def keys(self, org: str | None = None, *, after: int = 0, limit: int | None = None) -> list[KeyInfo]:
+        """Keys ever made for an organisation, None: for all of them; oldest first, with ids above `after`.
+
+        Raises ApiError(UNKNOWN_ROUTE).
+        """
+        query = sa.select(api_keys).where(api_keys.c.seq > after).order_by(api_keys.c.seq).limit(limit)
 
         def read(connection: sa.Connection) -> list[KeyInfo]:
             if org is not None:
@@ -186,8 +197,8 @@ class Identities:
         """Raises ApiError(UNKNOWN_ROUTE)."""
         return await self._storage.run(lambda connection: _required_key(connection, org, key_id))
 
-    async def revoke_key(self, org: str, key_id: int, *, may_end_operators: bool) -> KeyInfo:
-        """The next request with it is refused. Revoking it again changes nothing.
+    async def revoke_key(self, org: str, key_id: int, *, by: Principal | None) -> KeyInfo:
+        """The next request with it is refused. Revoking it again changes nothing. `by` None is the command line.
 
         Raises ApiError: UNKNOWN_ROUTE, PERMISSION_DENIED.
         """
@@ -195,7 +206,7 @@ class Identities:
 
         def write(connection: sa.Connection) -> KeyInfo:
             found = _required_key(connection, org, key_id)
-            if found.role is Role.OPERATOR and not may_end_operators:
+            if found.role is Role.OPERATOR and not _may_end_operators(by):
                 raise ApiError(ErrorKind.PERMISSION_DENIED, "a key with the role operator is revoked by operators only")
             return _revoked(connection, found, now)
 
@@ -242,14 +253,38 @@ def _check_place(connection: sa.Connection, org: str, new: NewKey) -> None:
             f"keepwarm projects create {new.project} --org {org} makes it, or opens it again"
         )
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="project")
-    taken = sa.select(api_keys.c.seq).where(
-        api_keys.c.organisation == org, api_keys.c.name == new.name, api_keys.c.revoked_at.is_(None)
-    )
+    is_live = sa.and_(api_keys.c.organisation == org, api_keys.c.revoked_at.is_(None))
+    _check_room(connection, api_keys, is_live, LIVE_KEYS_MAX, "live keys; revoke one first")
+    taken = sa.select(api_keys.c.seq).where(is_live, api_keys.c.name == new.name)
     if connection.execute(taken).first() is not None:
         message = (
             f"there is a key {new.name!r} in organisation {org!r} already; revoke it first, or choose another name"
         )
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="name")
+
+
+def _check_room(
+    connection: sa.Connection, table: sa.Table, which: sa.ColumnElement[bool], n_max: int, what: str
+) -> None:  # fmt: skip
+    """Raises ApiError(INVALID_REQUEST) where an organisation has as many as it may have."""
+    n = connection.execute(sa.select(sa.func.count()).select_from(table).where(which)).scalar_one()
+    if n >= n_max:
+        raise ApiError(ErrorKind.INVALID_REQUEST, f"the organisation has {n:,} of at most {n_max:,} {what}")
+
+
+def _may_end_operators(by: Principal | None) -> bool:
+    return by is None or by.is_operator
+
+
+def _has_operators(connection: sa.Connection, org: str, project: str) -> bool:
+    """Whether a live key of an operator's is of this project."""
+    query = sa.select(api_keys.c.seq).where(
+        api_keys.c.organisation == org,
+        api_keys.c.project == project,
+        api_keys.c.role == Role.OPERATOR.value,
+        api_keys.c.revoked_at.is_(None),
+    )
+    return connection.execute(query).first() is not None
 
 
 def _add_organisation(connection: sa.Connection, made: Organisation) -> None:

@@ -1,28 +1,42 @@
 """The calls under /admin/orgs: organisations, their projects and their keys.
 
 An operator's key may name any organisation, an admin's only its own: another's looks like none. The text of a key is in the
-answer to the call that made it and nowhere else. Other calls on an organisation check the name in their path with
-`organisation_of`, too.
+answer to the call that made it and nowhere else.
 """
 
 import msgspec
 from msgspec import Struct
 
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.identity import KeyInfo, NewKey, NewOrganisation, Organisation, OrganisationChange, Project
-from keepwarm.core.principal import Access, Role
+from keepwarm.core.identity import (
+    KEY_ID_MAX,
+    KeyInfo,
+    NewKey,
+    NewOrganisation,
+    Organisation,
+    OrganisationChange,
+    Project,
+    key_id_of,
+)
+from keepwarm.core.principal import Access, check_sees
 from keepwarm.dialects.body import JsonBody
 from keepwarm.dialects.openai_error import ErrorBody
-from keepwarm.dialects.openapi import Route
+from keepwarm.dialects.openapi import Param, Route
 from keepwarm.gateway.identities import Identities
-from keepwarm.server.endpoints import Entry, Services
+from keepwarm.server.endpoints import Entry, Services, fields_of
 from keepwarm.server.exchange import Exchange
 
 TAG = "administration"
 ORGS, ORG = "/admin/orgs", "/admin/orgs/{org}"
 PROJECTS, PROJECT = ORG + "/projects", ORG + "/projects/{name}"
 KEYS, KEY = ORG + "/keys", ORG + "/keys/{key_id}"
-KEY_ID_DIGITS_MAX = 9  # the column has 32 bits
+KEYS_PAGE, KEYS_PAGE_MAX = 100, 1000
+
+
+KEYS_PARAMS = (
+    Param("after", "begin behind the key with this id", int),
+    Param("limit", f"at most so many, {KEYS_PAGE} by default, {KEYS_PAGE_MAX:,} at most", int),
+)
 
 
 class OrganisationList(Struct):
@@ -38,9 +52,10 @@ class ProjectList(Struct):
 
 
 class KeyList(Struct):
-    """Oldest first, revoked ones too."""
+    """Oldest first, revoked ones too. `has_more`: the next ones come with `after`, the id of the last."""
 
     data: list[KeyInfo]
+    has_more: bool
 
 
 class NewProject(Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,17 +118,21 @@ class AdminCalls:
     async def archive_project(self, exchange: Exchange) -> None:
         """DELETE /admin/orgs/{org}/projects/{name}."""
         org, name = organisation_of(exchange), exchange.path_params["name"]
-        await self._reply(exchange, await self._identities.archive_project(org, name))
+        await self._reply(exchange, await self._identities.archive_project(org, name, by=exchange.principal))
 
     async def keys(self, exchange: Exchange) -> None:
         """GET /admin/orgs/{org}/keys."""
-        await self._reply(exchange, KeyList(await self._identities.keys(organisation_of(exchange))))
+        given = fields_of(exchange, {"after", "limit"})
+        after, limit = (_number(given, name, default) for name, default in (("after", 0), ("limit", KEYS_PAGE)))
+        limit = min(max(limit, 1), KEYS_PAGE_MAX)
+        found = await self._identities.keys(organisation_of(exchange), after=after, limit=limit + 1)
+        await self._reply(exchange, KeyList(found[:limit], len(found) > limit))
 
     async def create_key(self, exchange: Exchange) -> None:
         """POST /admin/orgs/{org}/keys."""
         org = organisation_of(exchange)
         new = self._new_key.decode(await exchange.body())
-        key, info = await self._identities.create_key(org, new, may_make_operators=_is_operator(exchange))
+        key, info = await self._identities.create_key(org, new, by=exchange.principal)
         await self._reply(exchange, MadeKey(key, info))
 
     async def key(self, exchange: Exchange) -> None:
@@ -123,8 +142,8 @@ class AdminCalls:
 
     async def revoke_key(self, exchange: Exchange) -> None:
         """DELETE /admin/orgs/{org}/keys/{key_id}."""
-        org, may = organisation_of(exchange), _is_operator(exchange)
-        await self._reply(exchange, await self._identities.revoke_key(org, _key_id(exchange), may_end_operators=may))
+        org = organisation_of(exchange)
+        await self._reply(exchange, await self._identities.revoke_key(org, _key_id(exchange), by=exchange.principal))
 
     async def _reply(self, exchange: Exchange, told: Struct) -> None:
         await exchange.reply(self._encoder.encode(told))
@@ -132,22 +151,28 @@ class AdminCalls:
 
 def organisation_of(exchange: Exchange) -> str:
     """The organisation in the path. Raises ApiError(UNKNOWN_ROUTE) when it is not the caller's, who is no operator."""
-    org, caller = exchange.path_params["org"], exchange.principal
-    if org != caller.organisation and caller.role is not Role.OPERATOR:
-        raise ApiError(ErrorKind.UNKNOWN_ROUTE, f"this key's organisation is {caller.organisation!r}, it sees no other")
+    org: str = exchange.path_params["org"]
+    check_sees(exchange.principal, org)
     return org
 
 
-def _is_operator(exchange: Exchange) -> bool:
-    return exchange.principal.role is Role.OPERATOR
+def _number(given: dict[str, str], name: str, default: int) -> int:
+    """Raises ApiError(INVALID_REQUEST)."""
+    found = key_id_of(given[name]) if name in given else default
+    if found is None:
+        raise ApiError(
+            ErrorKind.INVALID_REQUEST, f"{name}: {given[name][:40]!r} is no number up to {KEY_ID_MAX:,}", param=name
+        )
+    return found
 
 
 def _key_id(exchange: Exchange) -> int:
     """Raises ApiError(UNKNOWN_ROUTE)."""
     text = exchange.path_params["key_id"]
-    if not (text.isascii() and text.isdecimal() and len(text) <= KEY_ID_DIGITS_MAX):
+    found = key_id_of(text)
+    if found is None:
         raise ApiError(ErrorKind.UNKNOWN_ROUTE, f"{text[:100]!r} is no key's id; those are numbers")
-    return int(text)
+    return found
 
 
 def admin_entries(services: Services) -> list[Entry]:
@@ -172,7 +197,7 @@ def admin_entries(services: Services) -> list[Entry]:
         ),
         (Route("GET", PROJECT, admin, "One project", response=Project), calls.project),
         (Route("DELETE", PROJECT, admin, "Archive it: its keys are refused", response=Project), calls.archive_project),
-        (Route("GET", KEYS, admin, "List its keys", response=KeyList), calls.keys),
+        (Route("GET", KEYS, admin, "List its keys", response=KeyList, params=KEYS_PARAMS), calls.keys),
         (
             Route("POST", KEYS, admin, "Make a key; its text is shown this once", request=NewKey, response=MadeKey),
             calls.create_key,

@@ -6,10 +6,10 @@ all when it names none. Amounts are decimals as text, exact to the nano.
 
 import asyncio
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from keepwarm.billing.amount import checked_currency, nano_of
 from keepwarm.billing.budget import Budget, BudgetState, Period, Scope
@@ -20,18 +20,19 @@ from keepwarm.billing.report_text import UsageReply, usage_csv, usage_reply
 from keepwarm.billing.sheet import decimal_text
 from keepwarm.core.clock import Clock
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.principal import Access, Role
+from keepwarm.core.identity import KEY_ID_MAX, key_id_of
+from keepwarm.core.principal import Access, Role, check_sees
 from keepwarm.dialects.body import JsonBody
 from keepwarm.dialects.kimi_balance import BalanceReply, render_balance
 from keepwarm.dialects.openai_error import ErrorBody
 from keepwarm.dialects.openapi import Param, Route
 from keepwarm.gateway.identities import Identities
-from keepwarm.server.endpoints import Entry, query
+from keepwarm.server.endpoints import Entry, fields_of
 from keepwarm.server.exchange import Exchange
 from keepwarm.storage import Storage
 
 TAG = "money"
-KEY_ID_DIGITS_MAX = 9  # the column has 32 bits
+NOTE_CHARS_MAX = 1000
 REPORTS_MAX = 8  # usage and invoices being made or waiting
 RETRY_AFTER_S = 1
 ORG = Param("organisation", "whose; by default the key's own, and only an operator may name another")
@@ -72,7 +73,7 @@ class BudgetText(Struct, frozen=True, forbid_unknown_fields=True):
     period: Literal["day", "month", "total"]
     organisation: str | None = None  # null: the key's own
     project: str | None = None
-    key: int | None = None
+    key: Annotated[int, Meta(ge=1, le=KEY_ID_MAX)] | None = None
     soft: str | None = None
     hard: str | None = None
 
@@ -107,7 +108,7 @@ class NewGrant(Struct, frozen=True, forbid_unknown_fields=True):
     amount: str
     kind: Literal["cash", "voucher"] = "cash"
     expires_at: int | None = None
-    note: str | None = None
+    note: Annotated[str, Meta(max_length=NOTE_CHARS_MAX)] | None = None
 
 
 class BillingCalls:
@@ -126,8 +127,8 @@ class BillingCalls:
 
     async def usage(self, exchange: Exchange) -> None:
         """GET /admin/usage."""
-        given = _given(exchange, {param.name for param in USAGE_PARAMS})
-        is_all = exchange.principal.role is Role.OPERATOR and "organisation" not in given
+        given = fields_of(exchange, {param.name for param in USAGE_PARAMS})
+        is_all = exchange.principal.is_operator and "organisation" not in given
         asked = UsageQuery(
             by=_parts(given.get("by", "model")),
             first_day=_day(given, "from"),
@@ -149,7 +150,7 @@ class BillingCalls:
 
     async def invoice(self, exchange: Exchange) -> None:
         """GET /admin/invoice."""
-        given = _given(exchange, {"organisation", "month"})
+        given = fields_of(exchange, {"organisation", "month"})
         if "month" not in given:
             raise _wrong("month", "is required, such as 2026-11")
         asked = invoice_query(_organisation(exchange, given.get("organisation")), given["month"])
@@ -158,26 +159,26 @@ class BillingCalls:
 
     async def balance(self, exchange: Exchange) -> None:
         """GET /admin/balance."""
-        org = _organisation(exchange, _given(exchange, {"organisation"}).get("organisation"))
+        org = _organisation(exchange, fields_of(exchange, {"organisation"}).get("organisation"))
         await self._identities.organisation(org)
         await self._reply_balance(exchange, org)
 
     async def budgets(self, exchange: Exchange) -> None:
         """GET /admin/budgets."""
-        org = _organisation(exchange, _given(exchange, {"organisation"}).get("organisation"))
+        org = _organisation(exchange, fields_of(exchange, {"organisation"}).get("organisation"))
         await self._identities.organisation(org)
         await self._reply_budgets(exchange, org)
 
     async def set_budget(self, exchange: Exchange) -> None:
         """PUT /admin/budgets."""
         budget = self._parsed(exchange, self._budget.decode(await exchange.body()))
-        await self._check_scope(budget.scope)
+        await self._check_scope(exchange, budget.scope)
         await self._ledger.set_budget(budget)
         await self._reply_budgets(exchange, budget.scope.organisation)
 
     async def remove_budget(self, exchange: Exchange) -> None:
         """DELETE /admin/budgets."""
-        given = _given(exchange, {"organisation", "project", "key", "currency", "period"})
+        given = fields_of(exchange, {"organisation", "project", "key", "currency", "period"})
         for name in ("currency", "period"):
             if name not in given:
                 raise _wrong(name, "is required")
@@ -185,7 +186,7 @@ class BillingCalls:
             raise _wrong("period", "is one of day, month and total")
         key_id = _key_id(given["key"]) if "key" in given else None
         scope = _scope(_organisation(exchange, given.get("organisation")), given.get("project"), key_id)
-        await self._check_scope(scope)
+        await self._check_scope(exchange, scope)
         budget = Budget(scope, checked_currency(given["currency"]), Period(given["period"]))
         if not await self._ledger.remove_budget(budget):
             message = f"there is no budget {scope.text} in {budget.currency} for the period {budget.period.value}"
@@ -235,13 +236,25 @@ class BillingCalls:
             None if text.hard is None else nano_of(text.hard, "hard"),
         )
 
-    async def _check_scope(self, scope: Scope) -> None:
-        """Raises ApiError(UNKNOWN_ROUTE) for an organisation, project or key that is not there."""
+    async def _check_scope(self, exchange: Exchange, scope: Scope) -> None:
+        """Whether the caller may change budgets of it.
+
+        Raises ApiError: UNKNOWN_ROUTE for an organisation, project or key that is not there, PERMISSION_DENIED for an
+        admin where it is the operator's to say: of the whole organisation, and of an operator's key.
+        """
+        is_operator = exchange.principal.is_operator
         await self._identities.organisation(scope.organisation)
         if scope.project is not None:
             await self._identities.project(scope.organisation, scope.project)
-        if scope.key_id is not None:
-            await self._identities.key(scope.organisation, scope.key_id)
+        elif scope.key_id is not None:
+            key = await self._identities.key(scope.organisation, scope.key_id)
+            if key.role is Role.OPERATOR and not is_operator:
+                raise ApiError(ErrorKind.PERMISSION_DENIED, "budgets of an operator's key are set by operators only")
+        elif not is_operator:
+            message = (
+                "an organisation's budget is set by whoever runs the server; an admin sets its projects' and keys'"
+            )
+            raise ApiError(ErrorKind.PERMISSION_DENIED, message)
 
     async def _reply_balance(self, exchange: Exchange, org: str) -> None:
         found = [
@@ -305,22 +318,9 @@ def kimi_balance_entries(storage: Storage, ledger: Ledger, identities: Identitie
 
 def _organisation(exchange: Exchange, named: str | None) -> str:
     """Raises ApiError(UNKNOWN_ROUTE) when it is not the caller's, who is no operator."""
-    caller = exchange.principal
-    if named is None or named == caller.organisation or caller.role is Role.OPERATOR:
-        return named or caller.organisation
-    raise ApiError(ErrorKind.UNKNOWN_ROUTE, f"this key's organisation is {caller.organisation!r}, it sees no other")
-
-
-def _given(exchange: Exchange, known: set[str]) -> dict[str, str]:
-    """The query's fields. Raises ApiError(INVALID_REQUEST): a filter that is mistyped must not give more."""
-    given: dict[str, str] = {}
-    for name, value in query(exchange):
-        if name not in known:
-            raise _wrong(name[:40], f"is no parameter of this call; it has {', '.join(sorted(known))}")
-        if name in given:
-            raise _wrong(name, "is given twice")
-        given[name] = value
-    return given
+    org = named or exchange.principal.organisation
+    check_sees(exchange.principal, org)
+    return org
 
 
 def _parts(text: str) -> tuple[By, ...]:
@@ -342,9 +342,10 @@ def _day(given: dict[str, str], name: str) -> date | None:
 
 
 def _key_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= KEY_ID_DIGITS_MAX):
+    found = key_id_of(text)
+    if found is None:
         raise _wrong("key", f"{text[:40]!r} is no key's id; those are numbers")
-    return int(text)
+    return found
 
 
 def _scope(org: str, project: str | None, key_id: int | None) -> Scope:

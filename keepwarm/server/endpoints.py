@@ -416,6 +416,21 @@ def query(exchange: Exchange) -> list[tuple[str, str]]:
         raise ApiError(ErrorKind.INVALID_REQUEST, f"the query has more than {QUERY_FIELDS_MAX} fields") from exc
 
 
+def fields_of(exchange: Exchange, known: set[str]) -> dict[str, str]:
+    """The query's fields. Raises ApiError(INVALID_REQUEST): a filter that is mistyped must not give more."""
+    given: dict[str, str] = {}
+    for name, value in query(exchange):
+        problem = None
+        if name not in known:
+            problem = f"is no parameter of this call; it has {', '.join(sorted(known))}"
+        elif name in given:
+            problem = "is given twice"
+        if problem is not None:
+            raise ApiError(ErrorKind.INVALID_REQUEST, f"{name[:40]}: {problem}", param=name[:40])
+        given[name] = value
+    return given
+
+
 def _one_more(page: Page) -> Page:
     """One more than asked for tells whether there are more."""
     return replace(page, limit=page.limit + 1)

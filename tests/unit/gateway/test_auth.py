@@ -45,7 +45,7 @@ def auth(storage: Storage, clock: FakeClock) -> KeyAuth:
 
 
 async def make(identities: Identities, new: NewKey = LAPTOP, org: str | None = None) -> str:
-    key, _ = await identities.create_key(org, new, may_make_operators=True)
+    key, _ = await identities.create_key(org, new, by=None)
     return key
 
 
@@ -143,7 +143,7 @@ async def test_a_disabled_organisation_is_refused_until_it_is_enabled(auth: KeyA
 
 async def test_an_archived_project_is_refused_until_it_is_made_again(auth: KeyAuth, identities: Identities) -> None:
     key = await make(identities)
-    await identities.archive_project("default", "default")
+    await identities.archive_project("default", "default", by=None)
     assert "archived" in await refusal(auth, f"Bearer {key}", ErrorKind.PERMISSION_DENIED)
     await identities.create_project("default", "default")
     await auth.principal(f"Bearer {key}")

@@ -216,7 +216,7 @@ async def test_places_are_an_organisations_whatever_namespaces_its_projects_have
         await identities.change_organisation("acme", OrganisationChange(cache_scope="project"))
         await identities.create_project("acme", "other")
         new = NewKey("of-other", project="other")
-        key, _ = await identities.create_key("acme", new, may_make_operators=False)
+        key, _ = await identities.create_key("acme", new, by=None)
         gate = asyncio.Event()
         server.engine.gate = gate.wait
         async with asyncio.TaskGroup() as tasks:
@@ -324,7 +324,7 @@ async def test_a_turn_that_takes_too_long_is_a_timeout_in_the_ledger(tmp_path: P
 async def test_a_key_may_use_its_models_only(tmp_path: Path) -> None:
     async with paid(tmp_path) as at:
         identities = Identities(at.server.storage, at.server.clock, RandomIds(), tiers={}, default_tier=None)
-        key, _ = await identities.create_key("acme", NewKey("few", models=("kimi",)), may_make_operators=False)
+        key, _ = await identities.create_key("acme", NewKey("few", models=("kimi",)), by=None)
         assert (await at.server.chat("hello", key=key, model="kimi")).status == 200
         refused = await at.server.chat("hello", key=key, model="small")
         assert refused.status == 403

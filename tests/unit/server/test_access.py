@@ -203,7 +203,7 @@ async def town(data_dir: Path) -> AsyncIterator[Town]:
         identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
 
         async def made(name: str, role: Role, org: str = "acme", **more: Any) -> str:
-            key, _ = await identities.create_key(org, NewKey(name, role=role, **more), may_make_operators=True)
+            key, _ = await identities.create_key(org, NewKey(name, role=role, **more), by=None)
             return key
 
         for org in ("acme", "other", "closed"):
@@ -224,7 +224,7 @@ async def town(data_dir: Path) -> AsyncIterator[Town]:
         }
         await identities.revoke_named("acme", "revoked")
         await identities.change_organisation("closed", OrganisationChange(is_disabled=True))
-        await identities.archive_project("acme", "old")
+        await identities.archive_project("acme", "old", by=None)
         server.clock.advance(2)
         yield Town(server, keys)
 

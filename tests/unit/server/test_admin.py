@@ -30,14 +30,14 @@ def identities(server: World) -> Identities:
 @pytest.fixture
 async def operator(identities: Identities) -> str:
     new = NewKey("root", role=Role.OPERATOR)
-    return (await identities.create_key(None, new, may_make_operators=True))[0]
+    return (await identities.create_key(None, new, by=None))[0]
 
 
 @pytest.fixture
 async def admin(identities: Identities) -> str:
     await identities.create_organisation(NewOrganisation("acme"))
     new = NewKey("boss", role=Role.ADMIN)
-    return (await identities.create_key("acme", new, may_make_operators=False))[0]
+    return (await identities.create_key("acme", new, by=None))[0]
 
 
 async def done(server: World, key: str, method: str, path: str, body: object = None, status: int = 200) -> Any:
@@ -123,9 +123,66 @@ async def test_an_admin_cannot_rise(server: World, identities: Identities, opera
     assert "operator" in refused["message"]
     await done(server, admin, "PATCH", "/admin/orgs/acme", {"tier": "tier5"}, status=403)
     new = NewKey("root", role=Role.OPERATOR)
-    _, theirs = await identities.create_key("acme", new, may_make_operators=True)
+    _, theirs = await identities.create_key("acme", new, by=None)
     await done(server, admin, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}", status=403)
     await done(server, operator, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}")
+
+
+async def test_an_admin_cannot_shut_the_operator_out(server: World, operator: str, identities: Identities) -> None:
+    """The operator's first key is in the organisation "default", which may have an admin."""
+    admin, _ = await identities.create_key("default", NewKey("boss", role=Role.ADMIN), by=None)
+    await done(server, admin, "DELETE", "/admin/orgs/default/projects/default", status=403)
+    budget = {"key": 1, "currency": "USD", "period": "total", "hard": "0"}
+    await done(server, admin, "PUT", "/admin/budgets", budget, status=403)
+    await done(server, operator, "GET", "/admin/orgs")
+    await done(server, operator, "PUT", "/admin/budgets", budget)
+
+
+async def test_budgets_of_an_organisation_are_the_operators(server: World, operator: str, admin: str) -> None:
+    whole = {"organisation": "acme", "currency": "USD", "period": "month", "hard": "1"}
+    await done(server, admin, "PUT", "/admin/budgets", whole, status=403)
+    await done(server, operator, "PUT", "/admin/budgets", whole)
+    await done(server, admin, "DELETE", "/admin/budgets?currency=USD&period=month", status=403)
+    told = await done(server, admin, "PUT", "/admin/budgets", {**whole, "project": "default"})
+    assert [one["project"] for one in told["data"]] == [None, "default"]
+    await done(server, admin, "DELETE", "/admin/budgets?currency=USD&period=month&project=default")
+
+
+async def test_keys_are_listed_in_pages(server: World, admin: str) -> None:
+    for name in ("a", "b", "c"):
+        await done(server, admin, "POST", "/admin/orgs/acme/keys", {"name": name})
+    first = await done(server, admin, "GET", "/admin/orgs/acme/keys?limit=3")
+    assert ([key["name"] for key in first["data"]], first["has_more"]) == (["boss", "a", "b"], True)
+    after = first["data"][-1]["id"]
+    rest = await done(server, admin, "GET", f"/admin/orgs/acme/keys?after={after}")
+    assert ([key["name"] for key in rest["data"]], rest["has_more"]) == (["c"], False)
+    for wrong in ("after=x", "limit=99999999999", "before=1", "limit=1&limit=2"):
+        await done(server, admin, "GET", f"/admin/orgs/acme/keys?{wrong}", status=400)
+
+
+async def test_a_narrow_admin_makes_narrow_keys(server: World, identities: Identities, admin: str) -> None:
+    narrow, _ = await identities.create_key("acme", NewKey("few", role=Role.ADMIN, models=("small",)), by=None)
+    await done(server, narrow, "POST", "/admin/orgs/acme/keys", {"name": "all", "role": "admin"}, status=403)
+    await done(server, narrow, "POST", "/admin/orgs/acme/keys", {"name": "few2", "models": ["small"]})
+
+
+@pytest.mark.parametrize("key_id", [0, -1, 2**31, 2**63, 2**100])
+async def test_a_budget_for_what_can_be_no_key_is_a_400(server: World, admin: str, key_id: int) -> None:
+    body = {"key": key_id, "currency": "USD", "period": "total", "hard": "1"}
+    error = await done(server, admin, "PUT", "/admin/budgets", body, status=400)
+    assert "key" in error["message"]
+
+
+async def test_credit_that_cannot_be_counted_is_refused_with_the_numbers(
+    server: World, operator: str, admin: str
+) -> None:
+    grant = {"organisation": "acme", "currency": "USD", "amount": "999999999"}
+    await done(server, operator, "POST", "/admin/grants", grant)
+    error = await done(server, operator, "POST", "/admin/grants", grant, status=400)
+    assert "999999999 USD and 999999999 USD are together beyond what can be counted, 1000000000" in error["message"]
+    await done(server, operator, "POST", "/admin/grants", {**grant, "kind": "voucher"})
+    await done(server, operator, "POST", "/admin/grants", {**grant, "kind": "voucher"}, status=400)
+    await done(server, operator, "POST", "/admin/grants", {**grant, "amount": "1", "note": "x" * 1001}, status=400)
 
 
 @pytest.mark.parametrize(

@@ -150,14 +150,15 @@ def test_an_organisation_without_an_account_has_zeros(ask: Ask) -> None:
 
 def test_budgets_are_set_and_removed(ask: Ask) -> None:
     n_before = len(ask("GET", "/admin/budgets")["data"])
-    told = ask("PUT", "/admin/budgets", "", {"currency": "CNY", "period": "month", "soft": "1", "hard": "2.5"})
+    budget = {"organisation": "acme", "currency": "CNY", "period": "month", "soft": "1", "hard": "2.5"}
+    told = ask("PUT", "/admin/budgets", "", budget, OPERATOR)
     [mine] = [one for one in told["data"] if one["period"] == "month"]
     assert (mine["organisation"], mine["soft"], mine["hard"], mine["held"]) == ("acme", "1", "2.5", "0")
     assert float(mine["spent"]) > 2
-    told = ask("DELETE", "/admin/budgets", "currency=CNY&period=month")
+    told = ask("DELETE", "/admin/budgets", "organisation=acme&currency=CNY&period=month", caller=OPERATOR)
     assert len(told["data"]) == n_before
     with pytest.raises(ApiError, match="there is no budget org:acme in CNY for the period month"):
-        ask("DELETE", "/admin/budgets", "currency=CNY&period=month")
+        ask("DELETE", "/admin/budgets", "organisation=acme&currency=CNY&period=month", caller=OPERATOR)
     with pytest.raises(ApiError):
         ask("PUT", "/admin/budgets", "", {"currency": "CNY", "period": "day", "hard": "1", "project": "none"})
 

@@ -268,7 +268,7 @@ async def test_with_keys_only_known_keys_and_known_models_are_served(tmp_path: P
     async with world(tmp_path, config=replace(CONFIG, dev=False)) as server:
         identities = Identities(server.storage, server.clock, RandomIds(), tiers={}, default_tier=None)
         await identities.create_organisation(NewOrganisation("acme"))
-        key, made = await identities.create_key("acme", NewKey("anna"), may_make_operators=False)
+        key, made = await identities.create_key("acme", NewKey("anna"), by=None)
         assert (await server.chat(key="sk-kw-unknown")).status == 401
         assert (await server.chat(key=key)).status == 200
         assert server.engine.plans[0].prompt.tenant == "acme"
@@ -277,7 +277,7 @@ async def test_with_keys_only_known_keys_and_known_models_are_served(tmp_path: P
             assert unknown.status == 404
             assert "no model 'gpt' here; known are: small" in unknown.json()["error"]["message"]
         assert (await server.request("GET", "/v1/models/gpt", key=key)).status == 404
-        await identities.revoke_key("acme", made.id, may_end_operators=False)
+        await identities.revoke_key("acme", made.id, by=None)
         assert (await server.chat(key=key)).status == 401
 
 
