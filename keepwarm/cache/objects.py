@@ -41,19 +41,33 @@ def after(
     )
 
 
-class Objects:
-    """The cache objects of all tenants. Times are unix seconds."""
+KEPT_MAX = 10_000  # of a tenant: what is over can be brought back, and has its messages in the database until then
+TAGS_MAX = 10_000  # of a tenant
 
-    def __init__(self, storage: Storage) -> None:
+
+class Objects:
+    """The cache objects of all tenants. Times are unix seconds.
+
+    Of a tenant at most `kept_max` are kept, those that are over among them, and `tags_max` tags.
+    """
+
+    def __init__(self, storage: Storage, *, kept_max: int = KEPT_MAX, tags_max: int = TAGS_MAX) -> None:
         self._storage = storage
+        self._kept_max = kept_max
+        self._tags_max = tags_max
 
     async def insert(self, obj: CacheObject, tags: tuple[str, ...] = ()) -> None:
-        """Add an object with a new id, and bind these tags to it, taking them from other objects of the tenant."""
+        """Add an object with a new id, and bind these tags to it, taking them from other objects of the tenant.
+
+        Where that is one too many, what has been over for the longest time is deleted. Raises ApiError(QUOTA_EXCEEDED)
+        for too many tags.
+        """
 
         def add(connection: sa.Connection) -> None:
             connection.execute(sa.insert(cache_objects).values(_row(obj)))
             for tag in tags:
-                _bind(connection, Tag(tag=tag, tenant=obj.tenant, object_id=obj.id, created_at=obj.created_at))
+                self._bind(connection, Tag(tag=tag, tenant=obj.tenant, object_id=obj.id, created_at=obj.created_at))
+            self._forget(connection, obj.tenant, obj.created_at)
 
         await self._storage.run(add)
 
@@ -212,14 +226,14 @@ class Objects:
     async def bind(self, tag: Tag, dialect: ObjectDialect | None = None) -> Tag:
         """Point a tag at an object; an existing tag of that name moves and keeps its `created_at`.
 
-        Raises ApiError(UNKNOWN_CACHE) when the tenant has no such object.
+        Raises ApiError: UNKNOWN_CACHE when the tenant has no such object, QUOTA_EXCEEDED for a tag too many.
         """
 
         def change(connection: sa.Connection) -> Tag:
             wanted = sa.select(cache_objects.c.seq).where(_owned(tag.tenant, tag.object_id, dialect))
             if connection.execute(wanted).one_or_none() is None:
                 raise ApiError(ErrorKind.UNKNOWN_CACHE, f"there is no cache {tag.object_id}", param="cache_id")
-            return _bind(connection, tag)
+            return self._bind(connection, tag)
 
         return await self._storage.run(change)
 
@@ -287,6 +301,32 @@ class Objects:
 
         return await self._storage.run(read)
 
+    def _bind(self, connection: sa.Connection, tag: Tag) -> Tag:
+        """Raises ApiError(QUOTA_EXCEEDED)."""
+        old = _tag(connection, tag.tenant, tag.tag)
+        if old is None:
+            count = sa.select(sa.func.count()).select_from(cache_tags).where(cache_tags.c.tenant == tag.tenant)
+            n_tags = connection.execute(count).scalar_one()
+            if n_tags >= self._tags_max:
+                message = f"you have {n_tags:,} tags, limit {self._tags_max:,}; delete one first"
+                raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
+            connection.execute(sa.insert(cache_tags).values(msgspec.structs.asdict(tag)))
+            return tag
+        named = sa.and_(cache_tags.c.tenant == tag.tenant, cache_tags.c.tag == tag.tag)
+        connection.execute(sa.update(cache_tags).where(named).values(object_id=tag.object_id))
+        return msgspec.structs.replace(old, object_id=tag.object_id)
+
+    def _forget(self, connection: sa.Connection, tenant: str, now: float) -> None:
+        """Delete what is over, the longest first, until there are no more than may be kept."""
+        columns = cache_objects.c
+        count = sa.select(sa.func.count()).select_from(cache_objects).where(columns.tenant == tenant)
+        n_more = connection.execute(count).scalar_one() - self._kept_max
+        if n_more <= 0:
+            return
+        is_over = sa.and_(columns.tenant == tenant, columns.status.not_in(LIVE), columns.expires_at <= now)
+        oldest = sa.select(columns.seq).where(is_over).order_by(columns.expires_at, columns.seq).limit(n_more)
+        connection.execute(sa.delete(cache_objects).where(columns.seq.in_(oldest)))
+
 
 def _page(
     connection: sa.Connection, table: sa.Table, key: sa.Column[str], tenant: str, page: Page,
@@ -320,16 +360,6 @@ def _page(
     wanted = set(page.metadata)
     keys = [row[0] for row in rows if not wanted or wanted <= set(_pairs(row.metadata) or ())][: page.limit]
     return keys[::-1] if walks_back else keys
-
-
-def _bind(connection: sa.Connection, tag: Tag) -> Tag:
-    old = _tag(connection, tag.tenant, tag.tag)
-    if old is None:
-        connection.execute(sa.insert(cache_tags).values(msgspec.structs.asdict(tag)))
-        return tag
-    named = sa.and_(cache_tags.c.tenant == tag.tenant, cache_tags.c.tag == tag.tag)
-    connection.execute(sa.update(cache_tags).where(named).values(object_id=tag.object_id))
-    return msgspec.structs.replace(old, object_id=tag.object_id)
 
 
 def _tag(connection: sa.Connection, tenant: str, name: str) -> Tag | None:

@@ -224,6 +224,36 @@ async def test_expiry_is_bounded_oldest_first_and_said_once(objects: Objects) ->
     assert await objects.settle("b", 0, Cause.COMPUTED) is None
 
 
+async def test_what_is_over_is_kept_while_there_is_room(storage: Storage) -> None:
+    objects = Objects(storage, kept_max=3)
+    await objects.insert(an_object("b1", BOB, expires_at=1))
+    for object_id, expires_at in (("a", 30), ("b", 20), ("c", 500)):
+        await objects.insert(an_object(object_id, created_at=10, expires_at=expires_at), (object_id,))
+    await objects.insert(an_object("d", created_at=40, expires_at=500))
+    assert await ids(objects) == "dcba", "their leases are not given back before they are said to have expired"
+    await objects.expire(40, 10)
+    await objects.insert(an_object("e", created_at=40, expires_at=500))
+    assert await ids(objects) == "edc"
+    assert [tag.tag for tag in await objects.tags(ALICE, Page())] == ["c"]
+    await objects.insert(an_object("f", created_at=40, expires_at=500))
+    assert await ids(objects) == "fedc", "what lives is bounded elsewhere"
+    assert await objects.get(BOB, "b1") is not None
+
+
+async def test_a_tenant_has_so_many_tags(storage: Storage) -> None:
+    objects = Objects(storage, tags_max=2)
+    await objects.insert(an_object("b1", BOB), ("t",))
+    await objects.insert(an_object("a"), ("t", "u"))
+    for act in (objects.bind(Tag("v", ALICE, "a", 1)), objects.insert(an_object("b"), ("t", "v"))):
+        with pytest.raises(ApiError, match="you have 2 tags, limit 2") as caught:
+            await act
+        assert caught.value.kind is ErrorKind.QUOTA_EXCEEDED
+    assert await objects.get(ALICE, "b") is None
+    await objects.bind(Tag("u", ALICE, "a", 1))
+    await objects.unbind(ALICE, "t")
+    await objects.bind(Tag("v", ALICE, "a", 1))
+
+
 async def test_tags_move_and_go_with_their_object(objects: Objects) -> None:
     await objects.insert(an_object("a", created_at=1), ("t", "u"))
     await objects.insert(an_object("b", created_at=2), ("u", "v"))
