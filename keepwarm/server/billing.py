@@ -33,6 +33,11 @@ from keepwarm.storage import Storage
 
 TAG = "money"
 NOTE_CHARS_MAX = 1000
+ALONE = (  # what a browser may do with a page about money: show it, as what it says it is
+    ("cache-control", "no-store"),
+    ("content-security-policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    ("x-content-type-options", "nosniff"),
+)
 REPORTS_MAX = 8  # usage and invoices being made or waiting
 RETRY_AFTER_S = 1
 ORG = Param("organisation", "whose; by default the key's own, and only an operator may name another")
@@ -144,7 +149,7 @@ class BillingCalls:
             raise _wrong("format", f"{output[:40]!r} is neither json nor csv")
         report = await self._report(asked)
         if output == "csv":
-            await exchange.reply(usage_csv(report).encode(), content_type="text/csv; charset=utf-8")
+            await exchange.reply(usage_csv(report).encode(), content_type="text/csv; charset=utf-8", headers=ALONE)
         else:
             await exchange.reply(self._encoder.encode(usage_reply(report)))
 
@@ -155,7 +160,7 @@ class BillingCalls:
             raise _wrong("month", "is required, such as 2026-11")
         asked = invoice_query(_organisation(exchange, given.get("organisation")), given["month"])
         page = invoice(await self._report(asked), self._clock.now())
-        await exchange.reply(page.encode(), content_type="text/html; charset=utf-8")
+        await exchange.reply(page.encode(), content_type="text/html; charset=utf-8", headers=ALONE)
 
     async def balance(self, exchange: Exchange) -> None:
         """GET /admin/balance."""
