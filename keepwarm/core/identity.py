@@ -92,6 +92,14 @@ class NewKey(Struct, frozen=True, forbid_unknown_fields=True):
     models: tuple[str, ...] | None = None
 
 
+class KeyChange(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is absent stays. `expires_at` null: never; `models` null: all."""
+
+    name: str | UnsetType = UNSET
+    expires_at: int | UnsetType | None = UNSET
+    models: tuple[str, ...] | UnsetType | None = UNSET
+
+
 def tenant_of(organisation: str, project: str, cache_scope: CacheScope) -> str:
     """The namespace of what is cached. Names have no slash in them, so no organisation is mistaken for a project."""
     return f"{organisation}/{project}" if cache_scope == PROJECT_SCOPE else organisation

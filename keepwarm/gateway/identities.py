@@ -19,6 +19,7 @@ from keepwarm.core.identity import (
     DEFAULT_PROJECT,
     LIVE_KEYS_MAX,
     PROJECTS_MAX,
+    KeyChange,
     KeyInfo,
     NewKey,
     NewOrganisation,
@@ -197,6 +198,20 @@ class Identities:
         """Raises ApiError(UNKNOWN_ROUTE)."""
         return await self._storage.run(lambda connection: _required_key(connection, org, key_id))
 
+    async def change_key(self, org: str, key_id: int, change: KeyChange, *, by: Principal | None) -> KeyInfo:
+        """The next request with it goes by what it is then. `by` None is the command line.
+
+        Raises ApiError: UNKNOWN_ROUTE, INVALID_REQUEST, PERMISSION_DENIED.
+        """
+        given = {name: value for name, value in msgspec.structs.asdict(change).items() if value is not UNSET}
+        now = int(self._clock.now())
+
+        def write(connection: sa.Connection) -> KeyInfo:
+            found = _required_key(connection, org, key_id)
+            return _changed(connection, found, replace(found, **given), now, by)
+
+        return await self._storage.run(write)
+
     async def revoke_key(self, org: str, key_id: int, *, by: Principal | None) -> KeyInfo:
         """The next request with it is refused. Revoking it again changes nothing. `by` None is the command line.
 
@@ -255,11 +270,16 @@ def _check_place(connection: sa.Connection, org: str, new: NewKey) -> None:
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="project")
     is_live = sa.and_(api_keys.c.organisation == org, api_keys.c.revoked_at.is_(None))
     _check_room(connection, api_keys, is_live, LIVE_KEYS_MAX, "live keys; revoke one first")
-    taken = sa.select(api_keys.c.seq).where(is_live, api_keys.c.name == new.name)
+    _check_free(connection, org, new.name)
+
+
+def _check_free(connection: sa.Connection, org: str, name: str) -> None:
+    """Raises ApiError(INVALID_REQUEST) when a live key of the organisation has the name."""
+    taken = sa.select(api_keys.c.seq).where(
+        api_keys.c.organisation == org, api_keys.c.name == name, api_keys.c.revoked_at.is_(None)
+    )
     if connection.execute(taken).first() is not None:
-        message = (
-            f"there is a key {new.name!r} in organisation {org!r} already; revoke it first, or choose another name"
-        )
+        message = f"there is a key {name!r} in organisation {org!r} already; revoke it first, or choose another name"
         raise ApiError(ErrorKind.INVALID_REQUEST, message, param="name")
 
 
@@ -343,6 +363,25 @@ def _required_key(connection: sa.Connection, org: str, key_id: int) -> KeyInfo:
     if row is None:
         raise ApiError(ErrorKind.UNKNOWN_ROUTE, f"organisation {org!r} has no key with the id {key_id}")
     return _key_of(row)
+
+
+def _changed(connection: sa.Connection, old: KeyInfo, key: KeyInfo, now: int, by: Principal | None) -> KeyInfo:
+    """Raises ApiError as `Identities.change_key`."""
+    if old.role is Role.OPERATOR and not _may_end_operators(by):
+        raise ApiError(ErrorKind.PERMISSION_DENIED, "a key with the role operator is changed by operators only")
+    if old.revoked_at is not None:
+        raise ApiError(ErrorKind.INVALID_REQUEST, f"key {old.id} was revoked at {old.revoked_at}; make a new one")
+    wanted = NewKey(key.name, key.project, key.role, key.expires_at, key.models)
+    # An expiry that is over may stay where the change is of something else.
+    check_new_key(wanted if key.expires_at != old.expires_at else replace(wanted, expires_at=None), now)
+    if (key.expires_at, key.models) != (old.expires_at, old.models):
+        check_granted(wanted, by)
+    if key.name != old.name:
+        _check_free(connection, old.organisation, key.name)
+    models = None if key.models is None else msgspec.json.encode(key.models)
+    values = {"name": key.name, "expires_at": key.expires_at, "models": models}
+    connection.execute(sa.update(api_keys).where(api_keys.c.seq == key.id).values(values))
+    return key
 
 
 def _revoked(connection: sa.Connection, key: KeyInfo, now: int) -> KeyInfo:

@@ -10,6 +10,7 @@ from msgspec import Struct
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.identity import (
     KEY_ID_MAX,
+    KeyChange,
     KeyInfo,
     NewKey,
     NewOrganisation,
@@ -81,6 +82,7 @@ class AdminCalls:
         self._change = JsonBody(OrganisationChange)
         self._new_project = JsonBody(NewProject)
         self._new_key = JsonBody(NewKey)
+        self._key_change = JsonBody(KeyChange)
 
     async def organisations(self, exchange: Exchange) -> None:
         """GET /admin/orgs."""
@@ -139,6 +141,12 @@ class AdminCalls:
         """GET /admin/orgs/{org}/keys/{key_id}."""
         org = organisation_of(exchange)
         await self._reply(exchange, await self._identities.key(org, _key_id(exchange)))
+
+    async def change_key(self, exchange: Exchange) -> None:
+        """PATCH /admin/orgs/{org}/keys/{key_id}."""
+        org, key_id = organisation_of(exchange), _key_id(exchange)
+        change = self._key_change.decode(await exchange.body())
+        await self._reply(exchange, await self._identities.change_key(org, key_id, change, by=exchange.principal))
 
     async def revoke_key(self, exchange: Exchange) -> None:
         """DELETE /admin/orgs/{org}/keys/{key_id}."""
@@ -203,6 +211,10 @@ def admin_entries(services: Services) -> list[Entry]:
             calls.create_key,
         ),
         (Route("GET", KEY, admin, "One key", response=KeyInfo), calls.key),
+        (
+            Route("PATCH", KEY, admin, "Change its name, end or models", request=KeyChange, response=KeyInfo),
+            calls.change_key,
+        ),
         (Route("DELETE", KEY, admin, "Revoke it", response=KeyInfo), calls.revoke_key),
     ]
     return [(route.tagged(TAG, ErrorBody), call) for route, call in table]

@@ -56,6 +56,17 @@ def test_an_expiry_is_in_utc(keys: Run) -> None:
     assert "expires 2100-01-02 03:04:05Z" in keys("list").stdout
 
 
+def test_a_key_is_changed_by_its_number(keys: Run, tmp_path: Path) -> None:
+    key = keys("create", "laptop", "--model", "a", "--expires-at", "2100-01-02").stdout.strip()
+    assert keys("set", "1", "--name", "desk", "--model", "b", "--never-expires").stdout == "changed default key 1\n"
+    assert who(tmp_path, key) == Principal("default", "default", "default", 1, "desk", Role.MEMBER, ("b",))
+    assert keys("set", "1", "--all-models").exit_code == 0
+    assert who(tmp_path, key).models is None
+    for wrong in (("1",), ("2", "--name", "x"), ("1", "--model", "a", "--all-models"), ("1", "--name", "a b")):
+        result = keys("set", *wrong)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+
+
 def test_a_key_for_an_organisation_that_is_not_there_says_what_to_do(keys: Run) -> None:
     result = keys("create", "laptop", "--org", "research")
     assert (result.exit_code, result.stdout) == (1, "")

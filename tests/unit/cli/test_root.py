@@ -38,6 +38,7 @@ COMMANDS = [
     ["keys"],
     ["keys", "create"],
     ["keys", "list"],
+    ["keys", "set"],
     ["keys", "revoke"],
     ["caches"],
     ["caches", "list"],

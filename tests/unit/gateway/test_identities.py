@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from keepwarm.core.clock import RandomIds
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.core.identity import NewKey, NewOrganisation, Organisation, OrganisationChange, Project
+from keepwarm.core.identity import KeyChange, NewKey, NewOrganisation, Organisation, OrganisationChange, Project
 from keepwarm.core.principal import Principal, Role
 from keepwarm.core.rate_limit import LimitOverrides, OrgLimits
 from keepwarm.gateway.identities import Identities
@@ -180,6 +180,19 @@ async def test_a_key_makes_none_that_may_more_or_longer(
     within = NewKey("new", role=Role.ADMIN, models=("b",), expires_at=NOW + 100)
     await identities.create_key("acme", within, by=narrow)
     await identities.create_key("acme", NewKey("free"), by=ADMIN)
+
+
+async def test_a_change_gives_a_key_no_more_than_its_changer_has(identities: Identities) -> None:
+    await identities.create_organisation(NewOrganisation("acme"))
+    narrow = replace(ADMIN, models=("a", "b"), expires_at=NOW + 100)
+    _, key = await identities.create_key("acme", NewKey("ci", models=("a",), expires_at=NOW + 50), by=None)
+    for change in (KeyChange(models=None), KeyChange(models=("c",)), KeyChange(expires_at=NOW + 101)):
+        await refused(identities.change_key("acme", key.id, change, by=narrow), ErrorKind.PERMISSION_DENIED)
+    assert await identities.key("acme", key.id) == key
+    within = KeyChange("robot", NOW + 100, ("b",))
+    changed = await identities.change_key("acme", key.id, within, by=narrow)
+    assert changed == replace(key, name="robot", expires_at=NOW + 100, models=("b",))
+    await refused(identities.change_key("default", key.id, within, by=None), ErrorKind.UNKNOWN_ROUTE)
 
 
 async def test_an_organisation_has_so_many_projects_and_live_keys(

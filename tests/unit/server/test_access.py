@@ -86,6 +86,7 @@ RULES: Mapping[str, Access] = {
     "GET /admin/orgs/{org}/keys": ADMIN,
     "POST /admin/orgs/{org}/keys": ADMIN,
     "GET /admin/orgs/{org}/keys/{key_id}": ADMIN,
+    "PATCH /admin/orgs/{org}/keys/{key_id}": ADMIN,
     "DELETE /admin/orgs/{org}/keys/{key_id}": ADMIN,
 }
 DEV_ONLY = {"POST /admin/engine/restart"}

@@ -86,6 +86,44 @@ async def test_an_admin_makes_projects_and_keys_that_work_at_once(server: World,
     assert (await server.chat(key=reply["key"])).status == 401
 
 
+async def test_an_admin_changes_a_key_and_the_next_request_goes_by_it(server: World, admin: str) -> None:
+    made = await done(server, admin, "POST", "/admin/orgs/acme/keys", {"name": "ci", "models": ["small"]})
+    path, key, ends = f"/admin/orgs/acme/keys/{made['info']['id']}", made["key"], int(server.clock.now()) + 60
+    told = await done(server, admin, "PATCH", path, {"models": ["other"], "name": "robot"})
+    assert told == {**made["info"], "models": ["other"], "name": "robot"}
+    assert (await server.chat(key=key)).status == 403
+    assert (await done(server, admin, "PATCH", path, {"models": None, "expires_at": ends}))["name"] == "robot"
+    assert (await server.chat(key=key)).status == 200
+    server.clock.advance(60)
+    assert (await server.chat(key=key)).status == 401
+    told = await done(server, admin, "PATCH", path, {"name": "ci"})
+    assert told == {**made["info"], "models": None, "expires_at": ends} == await done(server, admin, "GET", path)
+    await done(server, admin, "PATCH", path, {"expires_at": None})
+    assert (await server.chat(key=key)).status == 200
+    await done(server, admin, "DELETE", path)
+    assert "was revoked" in (await done(server, admin, "PATCH", path, {"name": "x"}, status=400))["message"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"name": "boss"}, "already"),
+        ({"name": "a b"}, "cannot be used as a name"),
+        ({"expires_at": 1}, "is not after now"),
+        ({"models": []}, "0 names"),
+        ({"role": "operator"}, "unknown field role"),
+        ({"project": "default"}, "unknown field project"),
+    ],
+)
+async def test_a_key_that_is_changed_wrongly_stays(
+    server: World, admin: str, change: dict[str, object], words: str
+) -> None:
+    info = (await done(server, admin, "POST", "/admin/orgs/acme/keys", {"name": "ci"}))["info"]
+    path = f"/admin/orgs/acme/keys/{info['id']}"
+    assert words in (await done(server, admin, "PATCH", path, change, status=400))["message"]
+    assert await done(server, admin, "GET", path) == info
+
+
 async def test_archiving_a_project_shuts_its_keys_out(server: World, admin: str) -> None:
     await done(server, admin, "POST", "/admin/orgs/acme/projects", {"name": "search"})
     asked = {"name": "ci", "project": "search"}
@@ -125,6 +163,7 @@ async def test_an_admin_cannot_rise(server: World, identities: Identities, opera
     new = NewKey("root", role=Role.OPERATOR)
     _, theirs = await identities.create_key("acme", new, by=None)
     await done(server, admin, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}", status=403)
+    await done(server, admin, "PATCH", f"/admin/orgs/acme/keys/{theirs.id}", {"name": "x"}, status=403)
     await done(server, operator, "DELETE", f"/admin/orgs/acme/keys/{theirs.id}")
 
 
@@ -158,6 +197,15 @@ async def test_keys_are_listed_in_pages(server: World, admin: str) -> None:
     assert ([key["name"] for key in rest["data"]], rest["has_more"]) == (["c"], False)
     for wrong in ("after=x", "limit=99999999999", "before=1", "limit=1&limit=2"):
         await done(server, admin, "GET", f"/admin/orgs/acme/keys?{wrong}", status=400)
+
+
+async def test_a_browser_may_only_show_an_invoice(server: World, admin: str) -> None:
+    answer = await server.request("GET", "/admin/invoice?month=2023-11", key=admin)
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == "no-store"
+    assert b"<script" not in answer.body and b"src=" not in answer.body
 
 
 async def test_a_narrow_admin_makes_narrow_keys(server: World, identities: Identities, admin: str) -> None:
