@@ -53,6 +53,7 @@ class ObjectBilling:
         self._prices = prices
         self._rates = rates
         self._clock = runtime.clock
+        self._log = runtime.log
         self._tickets: dict[str, Ticket] = {}  # by object id, until its making has ended
 
     async def recover(self) -> None:
@@ -170,9 +171,11 @@ class ObjectBilling:
             return  # it lives, so that nothing will be charged
         priced, prices = found
         amount = creation_nano(prices, obj.n_tokens)
-        await self._ledger.hold(
+        excesses = await self._ledger.hold(
             Hold(making, payer, obj.dialect, obj.model, priced, amount, is_prepaid=principal.is_prepaid)
         )
+        for excess in excesses:
+            self._log.warning("soft budget passed", object_id=obj.id, budget=excess.message)
 
     async def _release(self, object_id: str) -> None:
         making = await self._meters.making(object_id)

@@ -112,8 +112,8 @@ class RateLimits:
         for window in windows:
             if n_tokens > window.item.amount:
                 message = (
-                    f"prompt and max_tokens are {n_tokens} tokens together, your organization's {window.names[0].upper()} "
-                    f"limit is {window.item.amount}: no wait will help, ask for less"
+                    f"this request is for {n_tokens} tokens (a prompt with max_tokens, or a cache object), your "
+                    f"organization's {window.names[0].upper()} limit is {window.item.amount}: no wait will help, ask for less"
                 )
                 raise ApiError(ErrorKind.INVALID_REQUEST, message, param="max_tokens")
         full = await self._take(windows, n_tokens)

@@ -444,3 +444,13 @@ async def test_a_revival_takes_the_objects_tokens_and_gives_them_back_if_it_fail
         await put(at, object_id, at.key)
         assert (await at.server.settled(object_id, key=at.key))["status"] == "ready"
         assert 600 < await at.tokens_left() < 700
+
+
+async def test_a_soft_budget_that_an_object_passes_is_told(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        budget = Budget(Scope("acme"), "CNY", Period.TOTAL, soft_nano=1)
+        await at.server.running.ledger.set_budget(budget)
+        made = (await create(at)).json()
+        (told,) = [line for line in at.server.logged if line["event"] == "soft budget passed"]
+        assert told["object_id"] == made["id"] and "0.000000001 CNY" in told["budget"]
+        await at.server.settled(made["id"], key=at.key)
