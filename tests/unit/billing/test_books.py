@@ -5,6 +5,7 @@ from keepwarm.billing.books import (
     ATTEMPTS_MAX,
     REPEAT_S,
     RETRY_AFTER_S,
+    SUM_NANO_MAX,
     Account,
     Books,
     Contents,
@@ -98,6 +99,24 @@ def test_a_prepaid_balance_must_cover_what_is_held_and_the_turn() -> None:
     at.hold(hold_of("b", 30, is_prepaid=True))
     at.hold(hold_of("c", 1000))  # one that is not prepaid
     assert sums(at) == (60, 40, 1100)
+
+
+def correction(cash: int) -> Row:
+    return Row(id="1/adjust", kind=RowKind.ADJUST, at=NOW, organisation="acme", currency="CNY", cash_nano=cash)
+
+
+@pytest.mark.parametrize("had, comes", [(SUM_NANO_MAX, 1), (1 - SUM_NANO_MAX, -2), (-2 * SUM_NANO_MAX, -1)])
+def test_credit_beyond_what_can_be_counted_is_refused(had: int, comes: int) -> None:
+    at = books(cash=had)
+    with pytest.raises(ApiError, match="beyond what can be counted"):
+        at.credit(correction(comes))
+    assert (sums(at), at.rows) == ((had, 0, 0), [])
+
+
+def test_what_is_owed_beyond_it_can_be_paid_back_in_parts() -> None:
+    at = books(cash=-2 * SUM_NANO_MAX)
+    at.credit(correction(1))
+    assert sums(at) == (1 - 2 * SUM_NANO_MAX, 0, 0)
 
 
 def test_who_never_had_credit_has_none() -> None:

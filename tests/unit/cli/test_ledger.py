@@ -93,6 +93,17 @@ def test_credit_that_cannot_be_is_refused_and_changes_nothing(run: Run, args: tu
     assert money(run) == before
 
 
+def test_credit_beyond_what_can_be_counted_is_one_line_with_the_numbers(run: Run) -> None:
+    for command in ("grant", "voucher"):
+        assert run("ledger", command, "acme", "999999999", "EUR").exit_code == 0
+    before = money(run)
+    for command in (("grant",), ("voucher",), ("adjust", "--note", "more")):
+        result = run("ledger", *command, "acme", "2", "EUR")
+        told = "999999999 EUR and 2 EUR are together beyond what can be counted, 1000000000"
+        assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"keepwarm: {told}\n")
+    assert money(run) == before
+
+
 def test_rows_of_one_turn(run: Run) -> None:
     told = json.loads(run("ledger", "rows", "--turn", "t1", "--json").stdout)
     assert [row["id"] for row in told] == ["t1/hold", "t1/settle"]
