@@ -23,12 +23,14 @@ from keepwarm.billing.book_rows import Concern, open_books, write_books
 from keepwarm.billing.price import Charge, storage_nano
 from keepwarm.billing.row import Priced, Row, RowKind
 from keepwarm.billing.sheet import ModelPrices
+from keepwarm.core.cache_object import NS_PER_S, CacheObject
 from keepwarm.core.clock import Clock
 from keepwarm.core.identity import organisation_of
 from keepwarm.storage import Storage
 from keepwarm.tables import cache_objects, ledger_rows, storage_meters
 
 GIVEN_BACK = (RowKind.RELEASE.value, RowKind.EXPIRE.value)
+WithObject = Callable[[sa.Connection, CacheObject], None]  # within a transaction, with the object as it is then
 METERS_MAX = 500  # in one transaction, so that turns need not wait for all
 
 
@@ -92,13 +94,25 @@ class Meters:
         """Begin to meter an object, now that it is ready. Nothing happens while it is metered, or when it is deleted."""
         await self._storage.run(partial(_open, metered))
 
-    async def extend(self, object_id: str, ends_at: float, seen_at: float) -> bool:
-        """The object, which lived at `seen_at`, does so until `ends_at`; False when it is deleted or not metered.
+    async def extend(self, object_id: str, seen_at: float) -> bool:
+        """The object, which lived at `seen_at`, does so until another end; False when it is deleted or not metered.
 
         Its meter is the one that was running at `seen_at`, also when a tick has closed it since. One that was over by then
         is of an earlier life, and stays closed.
         """
-        return await self._storage.run(partial(_extend, object_id, ends_at, seen_at))
+        return await self._storage.run(partial(_extend, object_id, seen_at))
+
+    def moved(self, seen_at: float) -> WithObject:
+        """`extend`, for the transaction that gives the object its end: none of the two is there without the other."""
+
+        def move(connection: sa.Connection, obj: CacheObject) -> None:
+            _extend(obj.id, seen_at, connection)
+
+        return move
+
+    def failed(self, connection: sa.Connection, obj: CacheObject) -> None:
+        """`close`, in the transaction that says that the object failed: it may have been ready before."""
+        self._close(obj.id, self._clock.now(), connection)
 
     async def close(self, object_id: str, at: float) -> None:
         """The object was deleted at `at`: charge its life up to then. Nothing happens when it is not metered."""
@@ -109,10 +123,12 @@ class Meters:
 
         An object is also deleted by the command line, and by a server that is killed before it can say so.
         """
-        gone = await self._storage.run(_deleted)
-        for object_id in gone:
-            await self.close(object_id, self._clock.now())
-        return len(gone)
+        n_closed, after = 0, ""
+        while gone := await self._storage.run(partial(_deleted, after)):
+            for object_id in gone:
+                await self.close(object_id, self._clock.now())
+            n_closed, after = n_closed + len(gone), gone[-1]
+        return n_closed
 
     async def making(self, object_id: str) -> str | None:
         """Names the making that begins the object's next life; None while it lives.
@@ -212,9 +228,10 @@ def _open(metered: Metered, connection: sa.Connection) -> None:
         columns.object_id == metered.object_id, columns.is_closed.is_(False), columns.ends_at > metered.began_at
     )
     is_there = sa.select(columns.id).where(sa.or_(columns.id == metered.id, is_metered))
-    if connection.execute(is_there).first() is not None or not _is_alive(connection, metered.object_id):
+    ends_at = _end_of(connection, metered.object_id)
+    if connection.execute(is_there).first() is not None or ends_at is None:
         return
-    values = asdict(metered)
+    values = asdict(metered) | {"ends_at": ends_at}  # it may have been moved since the caller looked
     priced = values.pop("priced")
     values |= {"id": metered.id, "charged_until": metered.began_at, "charged_nano": 0, "is_closed": False}
     if priced is not None:
@@ -222,21 +239,23 @@ def _open(metered: Metered, connection: sa.Connection) -> None:
     connection.execute(sa.insert(storage_meters).values(values))
 
 
-def _extend(object_id: str, ends_at: float, seen_at: float, connection: sa.Connection) -> bool:
+def _extend(object_id: str, seen_at: float, connection: sa.Connection) -> bool:
     columns = storage_meters.c
     mine = sa.select(columns.id, columns.ends_at).where(columns.object_id == object_id)
     last = connection.execute(mine.order_by(columns.began_at.desc()).limit(1)).one_or_none()
-    if last is None or last.ends_at <= seen_at or not _is_alive(connection, object_id):
+    ends_at = _end_of(connection, object_id)
+    if last is None or last.ends_at <= seen_at or ends_at is None:
         return False
     connection.execute(sa.update(storage_meters).where(columns.id == last.id).values(ends_at=ends_at, is_closed=False))
     return True
 
 
-def _deleted(connection: sa.Connection) -> list[str]:
+def _deleted(after: str, connection: sa.Connection) -> list[str]:
+    """The next ones by id; some stay open, while their sheet is not there."""
     columns = storage_meters.c
     is_there = sa.exists().where(cache_objects.c.id == columns.object_id)
-    query = sa.select(columns.object_id).where(columns.is_closed.is_(False), ~is_there)
-    return list(connection.scalars(query.limit(METERS_MAX)))
+    query = sa.select(columns.object_id).where(columns.is_closed.is_(False), columns.object_id > after, ~is_there)
+    return list(connection.scalars(query.distinct().order_by(columns.object_id).limit(METERS_MAX)))
 
 
 def _making(object_id: str, now: float, connection: sa.Connection) -> str | None:
@@ -265,10 +284,14 @@ def _is_given_back(making: str, connection: sa.Connection) -> bool:
     return RowKind.CREATION.value not in found and not found.isdisjoint(GIVEN_BACK)
 
 
-def _is_alive(connection: sa.Connection, object_id: str) -> bool:
-    """Whether the object has not been deleted: calls for one object may arrive in another order than they were made."""
-    found = sa.select(cache_objects.c.id).where(cache_objects.c.id == object_id)
-    return connection.execute(found).first() is not None
+def _end_of(connection: sa.Connection, object_id: str) -> float | None:
+    """When the object's time is over, unix seconds; None when it is deleted.
+
+    Calls for one object may arrive in another order than they were made.
+    """
+    query = sa.select(cache_objects.c.expires_at, cache_objects.c.early_ns).where(cache_objects.c.id == object_id)
+    found = connection.execute(query).one_or_none()
+    return None if found is None else found.expires_at - found.early_ns / NS_PER_S
 
 
 def _missing(connection: sa.Connection, now: float) -> list[Metered]:

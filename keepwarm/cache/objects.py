@@ -7,6 +7,7 @@ tenant that owns them, and every read a client can cause names the tenant; `find
 and for ids that come from the engine. Where a caller names a dialect, another one's object looks like none.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -39,6 +40,13 @@ def after(
         n_tokens=obj.n_tokens if n_tokens is None else n_tokens,
         error=error,
     )
+
+
+Also = Callable[[sa.Connection, CacheObject], None]  # in the same transaction, with the object as it is then
+
+
+def nothing(_connection: sa.Connection, _obj: CacheObject) -> None:
+    """The usual `Also`."""
 
 
 KEPT_MAX = 10_000  # of a tenant: what is over can be brought back, and has its messages in the database until then
@@ -90,10 +98,11 @@ class Objects:
         expires_at: int | None = None,
         early_ns: int = 0,
         dialect: ObjectDialect | None = None,
+        also: Also = nothing,
     ) -> CacheObject | None:
         """Change what is not None and start over (`UPDATED`); None when the tenant has no such object.
 
-        `early_ns` goes with `expires_at`.
+        `early_ns` goes with `expires_at`; `also` is done with it.
         """
 
         def change(connection: sa.Connection) -> CacheObject | None:
@@ -108,6 +117,7 @@ class Objects:
             if expires_at is not None:
                 new = msgspec.structs.replace(new, expires_at=expires_at, early_ns=early_ns)
             _write(connection, new)
+            also(connection, new)
             return new
 
         return await self._storage.run(change)
@@ -121,8 +131,12 @@ class Objects:
         now: float,
         early_ns: int = 0,
         dialect: ObjectDialect | None = None,
+        also: Also = nothing,
     ) -> CacheObject | None:
-        """Give an object that is live at `now` another lifetime and change nothing else; None when there is no such one."""
+        """Give an object that is live at `now` another lifetime and change nothing else; None when there is no such one.
+
+        `also` is done with it.
+        """
 
         def change(connection: sa.Connection) -> CacheObject | None:
             old = _one(connection, _owned(tenant, object_id, dialect))
@@ -130,14 +144,16 @@ class Objects:
                 return None
             new = msgspec.structs.replace(old, expires_at=expires_at, early_ns=early_ns, updated_at=int(now))
             _write(connection, new)
+            also(connection, new)
             return new
 
         return await self._storage.run(change)
 
     async def settle(
-        self, object_id: str, generation: int, cause: Cause, *, n_tokens: int | None = None, error: str | None = None
-    ) -> CacheObject | None:
-        """Apply the outcome of the computation that was started for `generation`.
+        self, object_id: str, generation: int, cause: Cause, *, n_tokens: int | None = None, error: str | None = None,
+        also: Also = nothing,
+    ) -> CacheObject | None:  # fmt: skip
+        """Apply the outcome of the computation that was started for `generation`; `also` is done with it.
 
         None, and no change, when the object is gone, was updated since, or is in a status where the cause means nothing.
         """
@@ -149,6 +165,7 @@ class Objects:
             new = after(old, cause, n_tokens=n_tokens, error=error)
             if new is not None:
                 _write(connection, new)
+                also(connection, new)
             return new
 
         return await self._storage.run(change)

@@ -7,10 +7,10 @@ lock, so simultaneous creates cannot pass them together.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Protocol
 
-from keepwarm.cache.objects import Objects
+from keepwarm.cache.objects import Also, Objects, nothing
 from keepwarm.config import Config
 from keepwarm.core.cache_object import CacheObject, NewObject, ObjectStatus, ObjectUpdate, Page, Tag, Walk
 from keepwarm.core.errors import ApiError, ErrorKind
@@ -30,7 +30,13 @@ from keepwarm.gateway.window import ready_model, served_model
 WINDOW_REST = 2  # tokens after the object: a turn evaluates at least its last two
 REVIVABLE = (ObjectStatus.INACTIVE, ObjectStatus.ERROR)
 
-Change = Callable[[str, str], Awaitable[CacheObject | None]]  # by tenant and object id; None: there is no such one
+
+class Change(Protocol):
+    """A change of an object that is there, and what is done in the same transaction."""
+
+    async def __call__(self, tenant: str, object_id: str, /, *, also: Also) -> CacheObject | None:
+        """None: there is no such one."""
+        ...
 
 
 class Caching:
@@ -111,10 +117,9 @@ class Caching:
         obj = await self.get(tenant, object_id, "gemini")
         end, early = exact_expiry(now, expires_at=update.expires_at, ttl_s=update.ttl_s, early_ns=update.early_ns)
         renewed = await self._objects.renew(
-            tenant, object_id, expires_at=end, early_ns=early, now=now, dialect="gemini"
+            tenant, object_id, expires_at=end, early_ns=early, now=now, dialect="gemini", also=self._billing.moved(now)
         )
         if renewed is not None:
-            await self._billing.renewed(renewed, now)
             return renewed
         change = partial(self._objects.update, now=now, expires_at=end, early_ns=early, dialect="gemini")
         return await self._started_over(principal, obj, change, end)
@@ -145,9 +150,11 @@ class Caching:
         now = self._clock.now()
         expires_at = expiry(self._config, now, expires_at=None, ttl_s=ttl_s)
         assert expires_at is not None
-        renewed = await self._objects.renew(principal.tenant, object_id, expires_at=expires_at, now=now, dialect="kimi")
+        moved = self._billing.moved(now)
+        renewed = await self._objects.renew(
+            principal.tenant, object_id, expires_at=expires_at, now=now, dialect="kimi", also=moved
+        )
         if renewed is not None:
-            await self._billing.renewed(renewed, now)
             return renewed
         return await self.update(principal, object_id, ObjectUpdate(ttl_s=ttl_s), n_places=0)
 
@@ -278,10 +285,7 @@ class Caching:
     async def _changed(self, obj: CacheObject, change: Change) -> CacheObject:
         """Raises ApiError(UNKNOWN_CACHE)."""
         now = self._clock.now()
-        changed = await _applied(obj, change)
-        if not obj.is_over(now):
-            await self._billing.renewed(changed, now)  # before the old end passes: it is the same life
-        return changed
+        return await _applied(obj, change, nothing if obj.is_over(now) else self._billing.moved(now))
 
     async def _revived(
         self, principal: Principal, obj: CacheObject, change: Change, expires_at: int | None, n_places: int
@@ -297,7 +301,20 @@ class Caching:
                     return await self._changed(found, change)
                 await self._check_quota(obj.tenant, obj.n_tokens, now)
                 async with self._billing.held(making, obj):
-                    return await _applied(found, change)
+                    try:
+                        return await _applied(found, change)
+                    except BaseException:  # cancelled, say: it may have been written all the same
+                        making.has_begun = True  # while it is not known
+                        making.has_begun = await self._is_changed(found)
+                        raise
+
+    async def _is_changed(self, obj: CacheObject) -> bool:
+        """Whether the object is no longer as it was; one that is to be computed is wanted."""
+        found = await self._objects.get(obj.tenant, obj.id, obj.dialect)
+        if found is None or found.generation == obj.generation:
+            return False
+        self._warming.want(found)
+        return True
 
     def _lifetime(self, new: NewObject, now: float) -> tuple[int, int]:
         """(expires_at, early_ns). Raises ApiError(INVALID_REQUEST)."""
@@ -357,9 +374,9 @@ def _unknown(object_id: str, dialect: ObjectDialect = "kimi") -> ApiError:
     return ApiError(ErrorKind.UNKNOWN_CACHE, message)
 
 
-async def _applied(obj: CacheObject, change: Change) -> CacheObject:
+async def _applied(obj: CacheObject, change: Change, also: Also = nothing) -> CacheObject:
     """Raises ApiError(UNKNOWN_CACHE)."""
-    changed = await change(obj.tenant, obj.id)
+    changed = await change(obj.tenant, obj.id, also=also)
     if changed is None:
         raise _unknown(obj.id, obj.dialect)
     return changed

@@ -4,7 +4,7 @@
     held       a hold of what making it costs
     evaluated  the tokens that the making took are corrected, once it has ended
     ready      the making is charged, which ends the hold, and a meter begins; once for a life
-    renewed    the meter runs on to the new end
+    moved      the meter runs on to the new end, in the object's own transaction; `failed`: it ends now, likewise
     deleted    the meter ends now, or the hold if it was never ready; at its expiry it ends by itself
 
 A life is from ready to expiry: an object that expired and is made again is paid again, one that is only looked after
@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from keepwarm.billing.act import Creation, Hold
 from keepwarm.billing.ledger import Ledger
-from keepwarm.billing.meter import Metered, Meters
+from keepwarm.billing.meter import Metered, Meters, WithObject
 from keepwarm.billing.price import Charge, creation_nano
 from keepwarm.billing.price_book import PriceBook
 from keepwarm.billing.row import Payer
@@ -99,8 +99,8 @@ class ObjectBilling:
         finally:
             if not making.has_begun:
                 await self._release(obj.id)
-        if making.ticket is not None and len(self._tickets) < MAKINGS_MAX:
-            self._tickets[obj.id] = making.ticket
+            else:
+                await self._take_over(making, obj.id)
 
     async def evaluated(self, object_id: str, usage: Usage | None) -> None:
         """The making has ended, and has used this; None: nothing. Nothing happens where none has begun."""
@@ -116,7 +116,7 @@ class ObjectBilling:
         now = self._clock.now()
         making = await self._meters.making(obj.id)
         if making is None:
-            await self._meters.extend(obj.id, ends_at(obj), now)
+            await self._meters.extend(obj.id, now)
             return
         priced, prices = self._prices.priced(obj.model, now) or (None, None)
         charge = None if prices is None else Charge(creation=creation_nano(prices, obj.n_tokens))
@@ -137,10 +137,14 @@ class ObjectBilling:
         )
         await self._meters.open(metered)
 
-    async def renewed(self, obj: CacheObject, seen_at: float) -> None:
-        """The object, which lived at `seen_at`, does so to another end."""
-        if payer_for(obj) is not None:
-            await self._meters.extend(obj.id, ends_at(obj), seen_at)
+    def moved(self, seen_at: float) -> WithObject:
+        """For the transaction that gives an object, which lived at `seen_at`, another end."""
+        return self._meters.moved(seen_at)
+
+    @property
+    def failed(self) -> WithObject:
+        """For the transaction in which an object fails; it may have been ready before, and is kept no longer."""
+        return self._meters.failed
 
     async def deleted(self, object_id: str) -> None:
         """It could not be made, or is gone before its time: what it was kept for is charged. Unknown is no error."""
@@ -161,6 +165,15 @@ class ObjectBilling:
     async def tick_forever(self) -> None:
         """The one periodic task."""
         await tick_forever(self.tick, TICK_S)
+
+    async def _take_over(self, making: Making, object_id: str) -> None:
+        """Keep the making's ticket until it is told what was used; one that another making has left there takes nothing."""
+        if making.ticket is None or (len(self._tickets) >= MAKINGS_MAX and object_id not in self._tickets):
+            return
+        left = self._tickets.get(object_id)
+        self._tickets[object_id] = making.ticket
+        if left is not None:
+            await self._rates.correct(left, 0)
 
     async def _reserve(self, principal: Principal, obj: CacheObject) -> None:
         found, payer = self._prices.priced(obj.model, self._clock.now()), payer_for(obj)

@@ -30,7 +30,7 @@ from keepwarm.core.cache_object import CacheObject, Cause, ObjectStatus
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Failed, Finished
 from keepwarm.engine import Engine, EngineState
-from keepwarm.gateway.object_billing import ObjectBilling, ends_at
+from keepwarm.gateway.object_billing import ObjectBilling
 from keepwarm.gateway.rendering import Rendering
 from keepwarm.gateway.runtime import Runtime
 from keepwarm.gateway.stream import closing, internal_error
@@ -247,16 +247,13 @@ class Warming:
 
     async def _paid(self, obj: CacheObject, n_tokens: int) -> CacheObject | None:
         """Charged first: a server that dies in between computes it again, and finds that this life is paid."""
-        now = self._clock.now()
         found = await self._objects.get(obj.tenant, obj.id, obj.dialect) or obj  # its end may be another one by now
         await self._billing.ready(replace(found, n_tokens=n_tokens))
-        settled = await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
-        if settled is not None and ends_at(settled) != ends_at(found):
-            await self._billing.renewed(settled, now)
-        return settled
+        return await self._objects.settle(obj.id, obj.generation, Cause.COMPUTED, n_tokens=n_tokens)
 
     async def _failed(self, obj: CacheObject, failure: Failed) -> CacheObject | None:
-        settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message)
+        failed = self._billing.failed
+        settled = await self._objects.settle(obj.id, obj.generation, Cause.FAILED, error=failure.message, also=failed)
         if settled is not None:
             await self._billing.deleted(obj.id)
         return settled

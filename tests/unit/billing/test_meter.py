@@ -1,5 +1,7 @@
 import asyncio
 from collections.abc import Iterator
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from keepwarm.billing.meter import METERS_MAX, Due, Metered, Meters, Paid, due
 from keepwarm.billing.price import storage_nano
 from keepwarm.billing.row import Priced
 from keepwarm.billing.sheet import ModelPrices, ObjectRates, Rates, StorageRate
+from keepwarm.core.cache_object import NS_PER_S
 from keepwarm.storage import Storage
 from keepwarm.tables import cache_objects, storage_meters
 from tests.ledgers import check_sums, rows
@@ -50,6 +53,17 @@ def add_object(
     values |= {"expires_at": int(T0) + 600, "n_tokens": 50, "name": "", "description": "", "tools": b"[]"}
     values |= {"messages": b"[]", "project": project, "key_id": 7}
     connection.execute(sa.insert(cache_objects).values(values))
+
+
+def _live_until(ends_at: float, connection: sa.Connection) -> None:
+    end = ceil(ends_at)
+    values = {"expires_at": end, "early_ns": round((end - ends_at) * NS_PER_S)}
+    connection.execute(sa.update(cache_objects).where(cache_objects.c.id == "cache-1").values(values))
+
+
+async def lives_until(storage: Storage, ends_at: float) -> None:
+    """The object gets that end; its meter is not told."""
+    await storage.run(partial(_live_until, ends_at))
 
 
 def meters(storage: Storage, clock: FakeClock) -> Meters:
@@ -127,7 +141,8 @@ async def test_a_life_whose_last_part_is_paid_already_is_closed_without_a_row(
     storage: Storage, clock: FakeClock
 ) -> None:
     service = meters(storage, clock)
-    await service.open(life(ends_at=T0 + 59.5))
+    await lives_until(storage, T0 + 59.5)
+    await service.open(life(ends_at=T0 + 600))  # it goes by the object's own end
     clock.advance(59.25)
     assert await service.tick() == 1
     assert await still_open(storage) == 1
@@ -170,7 +185,8 @@ async def test_a_deletion_that_is_told_late_is_charged_by_its_own_time(storage: 
 async def test_an_extended_object_pays_on(storage: Storage, clock: FakeClock) -> None:
     service = meters(storage, clock)
     await service.open(life())
-    assert await service.extend("cache-1", T0 + 1200, T0)
+    await lives_until(storage, T0 + 1200)
+    assert await service.extend("cache-1", T0)
     clock.advance(2000.0)
     await service.tick()
     assert await charged(storage) == [(20 * 10**9, 1200)]
@@ -183,12 +199,14 @@ async def test_a_meter_closed_between_the_objects_extension_and_its_own_runs_on_
     await service.open(life())
     clock.advance(601.0)
     await service.tick()
-    assert await service.extend("cache-1", T0 + 660, T0 + 599.5)
+    await lives_until(storage, T0 + 660)
+    assert await service.extend("cache-1", T0 + 599.5)
     clock.now_s = T0 + 660
     await service.tick()
     assert await charged(storage) == [(10 * 10**9, 600), (10**9, 60)]
-    assert not await service.extend("cache-1", T0 + 9000, T0 + 660)
-    assert not await service.extend("cache-of-nobody", T0 + 9000, T0)
+    await lives_until(storage, T0 + 9000)
+    assert not await service.extend("cache-1", T0 + 660)
+    assert not await service.extend("cache-of-nobody", T0)
     assert await still_open(storage) == 0
 
 
@@ -203,6 +221,7 @@ async def test_an_object_has_one_meter_at_a_time_and_a_new_one_for_a_new_life(
     assert await still_open(storage) == 1
     revived = Metered("cache-1", "acme", "web", 7, "kimi", "m", PRICED, 100_000, T0 + 1000, T0 + 1060)
     clock.now_s = T0 + 1000
+    await lives_until(storage, T0 + 1060)
     await service.open(revived)
     clock.now_s = T0 + 5000
     await service.tick()
@@ -217,7 +236,7 @@ async def test_a_deleted_object_is_neither_opened_nor_extended(storage: Storage,
     await service.open(life())
     await storage.run(lambda connection: connection.execute(sa.delete(cache_objects)))
     await service.close("cache-1", clock.now() + 1)
-    assert not await service.extend("cache-1", T0 + 9000, clock.now())
+    assert not await service.extend("cache-1", clock.now())
     assert await still_open(storage) == 1  # its second is not over
     clock.advance(1.0)
     await service.tick()

@@ -1,17 +1,20 @@
 """Limits and money of cache objects through HTTP: what is asked before one is made or made again, and what goes back."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from keepwarm.billing.budget import Budget, Period, Scope
 from keepwarm.config import RatesConfig
 from keepwarm.core.clock import RandomIds
-from keepwarm.core.errors import ErrorKind
+from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.event import Event, Failed
 from keepwarm.core.identity import OrganisationChange
 from keepwarm.core.prompt import Plan
@@ -454,3 +457,95 @@ async def test_a_soft_budget_that_an_object_passes_is_told(tmp_path: Path) -> No
         (told,) = [line for line in at.server.logged if line["event"] == "soft budget passed"]
         assert told["object_id"] == made["id"] and "0.000000001 CNY" in told["budget"]
         await at.server.settled(made["id"], key=at.key)
+
+
+@contextmanager
+def leaving_while_written(at: Paid, statement: str) -> Iterator[list[Callable[[], None]]]:
+    """Who is put into the list is called while the first commit of a transaction with `statement` takes its time."""
+    leave: list[Callable[[], None]] = []
+    engine, loop, left = at.server.storage._engine, asyncio.get_running_loop(), threading.Event()
+    seen: list[str] = []
+
+    def told(_connection: Any, _cursor: Any, text: str, *_more: Any) -> None:
+        seen.extend([text] if statement in text else [])
+
+    def go() -> None:
+        leave.pop()()
+        loop.call_later(0.05, left.set)  # the turn has been cancelled by then; if not, the test tests less
+
+    def commits(_connection: Any) -> None:
+        if seen and leave:
+            loop.call_soon_threadsafe(go)
+            left.wait(timeout=10)
+
+    sa.event.listen(engine, "before_cursor_execute", told)
+    sa.event.listen(engine, "commit", commits)
+    yield leave
+    sa.event.remove(engine, "before_cursor_execute", told)
+    sa.event.remove(engine, "commit", commits)
+
+
+async def reset_and_leave(at: Paid, object_id: str, ttl_s: int) -> None:
+    """A turn that resets the object's lifetime, by a client that leaves while that is being written."""
+    cache = {"role": "cache", "content": f"cache_id={object_id};reset_ttl={ttl_s}"}
+    body = {"model": "small", "messages": [cache, {"role": "user", "content": "?"}], "stream": True}
+    with leaving_while_written(at, "UPDATE cache_objects") as leave:
+        call = at.server.call("POST", "/v1/chat/completions", body, key=at.key)
+        leave.append(call.disconnect)
+        await call.task
+        await at.server.running.turns.drained()
+        assert not leave
+
+
+async def test_what_is_kept_longer_is_paid_longer_though_the_client_left_meanwhile(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache(TEXT, key=at.key, model="kimi", ttl=600)
+        await reset_and_leave(at, made["id"], 86_400)
+        for _ in range(4):
+            at.server.clock.advance(10_000.0)
+            await at.server.running.paying.tick()
+        assert (await at.server.cache(made["id"], key=at.key))["status"] == "ready"
+        assert sum(row.n_units for row in await at.rows("storage")) == 40_000
+        assert await at.faults() == []
+
+
+async def test_a_revival_whose_client_left_meanwhile_stays_held(tmp_path: Path) -> None:
+    """Else many could be begun with the credit for one."""
+    async with paid(tmp_path) as at:
+        object_id = await expired(at)
+        at.server.running.warming._adopted_epoch = 0  # the engine is busy with others' objects
+        await reset_and_leave(at, object_id, 600)
+        assert (await at.server.cache(object_id, key=at.key))["status"] == "pending"
+        (hold,) = await at.holds()
+        assert hold.amount_nano == -(await at.rows("creation"))[0].cash_nano
+        at.server.running.warming._adopted_epoch = at.server.engine.epoch
+        await at.server.running.warming.tick()
+        assert (await at.server.settled(object_id, key=at.key))["status"] == "ready"
+        await until(lambda: not at.server.running.warming._wanted)
+        assert len(await at.rows("creation")) == 2
+        assert await at.holds() == []
+
+
+async def test_what_failed_is_kept_no_longer_though_the_database_was_busy(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache(TEXT, key=at.key, model="kimi", ttl=86_400)
+        at.server.clock.advance(60.0)
+        n_busy = 1
+
+        def busy(_connection: Any, _cursor: Any, text: str, *_more: Any) -> None:
+            nonlocal n_busy
+            if n_busy and text.startswith("UPDATE storage_meters"):
+                n_busy = 0
+                raise ApiError(ErrorKind.OVERLOADED, "the database is locked by another process; retry")
+
+        sa.event.listen(at.server.storage._engine, "before_cursor_execute", busy)
+        at.server.engine.script = no_room
+        at.server.engine.lose()
+        await until(lambda: any(line.get("status") == "error" for line in at.server.logged))
+        sa.event.remove(at.server.storage._engine, "before_cursor_execute", busy)
+        assert n_busy == 0
+        at.server.clock.advance(36_000.0)
+        await at.server.running.paying.tick()
+        assert (await at.server.cache(made["id"], key=at.key))["status"] == "error"
+        assert sum(row.n_units for row in await at.rows("storage")) == 60
+        assert await at.faults() == []
