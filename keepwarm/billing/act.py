@@ -46,9 +46,14 @@ class Settlement(Struct, frozen=True):
 
 
 class Release(Struct, frozen=True):
-    """A turn that held came to nothing."""
+    """A turn that held came to nothing; with `repeat`, the hold's, it was no attempt at `payer`'s request either."""
 
     turn_id: str
+    payer: Payer | None = None
+    repeat: Repeat | None = None
+
+    def __post_init__(self) -> None:
+        assert self.repeat is None or self.payer is not None, "keys of requests are an organisation's"
 
 
 class Creation(Struct, frozen=True):

@@ -126,9 +126,9 @@ def concern_of(acts: Iterable[Act]) -> Concern:
                 found.turn_ids.add(act.id)
             case Release():
                 found.turn_ids.add(act.turn_id)
-        if not isinstance(act, Release):
+        if act.payer is not None:
             found.organisations.add(act.payer.organisation)
-        if isinstance(act, Hold | Settlement) and act.repeat is not None:
+        if not isinstance(act, Creation) and act.repeat is not None:
             found.digests.add(act.repeat.key_digest)
     return found
 

@@ -131,7 +131,7 @@ class Books:
             case Settlement():
                 self.settle(act)
             case Release():
-                self.release(act.turn_id)
+                self.release(act)
             case Creation():
                 self.create(act)
             case _:
@@ -248,11 +248,17 @@ class Books:
         assert row.id not in self.at.known, f"row {row.id} is there already"
         self._charge(row, 0 if row.charge is None else row.charge.total)
 
-    def release(self, turn_id: str) -> None:
+    def release(self, act: Release) -> None:
         """Give a hold back; nothing happens when none is open."""
-        hold = self._taken(turn_id)
-        if hold is not None:
-            self._add_end(hold, RowKind.RELEASE)
+        hold = self._taken(act.turn_id)
+        if hold is None:
+            return
+        self._add_end(hold, RowKind.RELEASE)
+        if act.repeat is not None and act.payer is not None:
+            key = (act.payer.organisation, act.repeat.key_digest)
+            known = self.at.repeats.get(key)
+            if known is not None and known.turn_id == act.turn_id:
+                self.at.repeats[key] = replace(known, n_attempts=known.n_attempts - 1)
 
     def expire(self) -> int:
         """Give all holds back that are before us and whose time is over; how many."""

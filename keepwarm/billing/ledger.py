@@ -18,11 +18,11 @@ from typing import NoReturn, TypeVar
 import sqlalchemy as sa
 from msgspec import Struct
 
-from keepwarm.billing.act import Act, Creation, Hold, Release, Settlement
+from keepwarm.billing.act import Act, Creation, Hold, Release, Repeat, Settlement
 from keepwarm.billing.book_rows import Concern, concern_of, open_books, open_overdue, write_books
 from keepwarm.billing.books import REPEAT_S, Books, Voucher
 from keepwarm.billing.budget import Budget, BudgetState, Excess, period_start
-from keepwarm.billing.row import Row, RowKind
+from keepwarm.billing.row import Payer, Row, RowKind
 from keepwarm.core.clock import Clock, Ids
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.storage import Storage
@@ -90,7 +90,7 @@ class Ledger:
         except asyncio.CancelledError:
             if not self._has_stopped:
                 # Behind the hold, if that is still waiting. Nobody waits for it; what it raises is looked at here.
-                self._enqueue(Release(act.turn_id)).add_done_callback(_seen)
+                self._enqueue(Release(act.turn_id, act.payer, act.repeat)).add_done_callback(_seen)
             raise
 
     async def settle(self, act: Settlement) -> None:
@@ -101,9 +101,12 @@ class Ledger:
         """
         await self._insist(act)
 
-    async def release(self, turn_id: str) -> None:
-        """Give a turn's hold back: nothing was used. Without an open hold nothing happens. Raises as `settle`."""
-        await self._insist(Release(turn_id))
+    async def release(self, turn_id: str, payer: Payer | None = None, repeat: Repeat | None = None) -> None:
+        """Give a turn's hold back: nothing was used. Without an open hold nothing happens. Raises as `settle`.
+
+        `payer` and `repeat` are the hold's, if it had a `repeat`.
+        """
+        await self._insist(Release(turn_id, payer, repeat))
 
     async def charge_creation(self, act: Creation) -> None:
         """Charge the making of a cache object, once; closes the hold whose `turn_id` is `act.id`. Raises as `settle`."""

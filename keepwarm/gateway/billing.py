@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
+from blake3 import blake3
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -74,6 +75,13 @@ class Bill:
         self._counts.append(counts)
         return counts
 
+    def names(self, object_id: str) -> None:
+        """The request has this cache object in it. A tag may mean another one when it is sent again: another request."""
+        repeat = self.facts.repeat
+        if repeat is not None:
+            digest = blake3(object_id.encode(), key=repeat.body_digest).digest()
+            self.facts = replace(self.facts, repeat=replace(repeat, body_digest=digest))
+
     def finished(self, usage: Usage) -> None:
         """The turn went well; `usage` is all choices' together."""
         self.status = "finished"
@@ -121,7 +129,7 @@ class Billing:
             except asyncio.CancelledError:
                 bill.status = ending.cancelled_by().value
                 raise
-            except ApiError as error:
+            except ApiError as error:  # also its time being over
                 bill.status = error.kind.value
                 raise
             finally:
@@ -160,6 +168,14 @@ class Billing:
         for excess in excesses:
             self._log.warning("soft budget passed", turn_id=facts.turn_id, budget=excess.message)
 
+    def sells(self, object_model: str, model: str) -> bool:
+        """Whether a turn that asks for `model` pays for a cache object made for `object_model` as such.
+
+        Names of one model may have prices of their own; an object that was made and is kept by others is read as anything.
+        """
+        made, asked = (self._prices.priced(name, self._clock.now()) for name in (object_model, model))
+        return made is not None and asked is not None and made[0] == asked[0]
+
     async def limits(self, principal: Principal) -> LimitState:
         """What is left of the organisation's limits, for the headers of an answer."""
         return await self._rates.state(principal)
@@ -187,7 +203,7 @@ class Billing:
         facts = bill.facts
         if usage is None:
             if bill.is_held:
-                await self._ledger.release(facts.turn_id)
+                await self._ledger.release(facts.turn_id, payer_of(facts.principal), facts.repeat)
             return
         priced, prices = bill.prices or (None, None)
         n_object = min(bill.object_tokens, usage.cache_read)

@@ -105,8 +105,8 @@ class Turn:
         self._task.cancel()
 
     def cancelled_by(self) -> ErrorKind:
-        """Why it is being cancelled: `cancel` tells, and without it its time is over."""
-        return self._cause.kind if self._is_cancelled else ErrorKind.TIMEOUT
+        """Why it is being cancelled: `cancel` tells, and without it the server is coming down by a fault of its own."""
+        return self._cause.kind if self._is_cancelled else ErrorKind.INTERNAL
 
     def take(self, event: Event) -> None:
         """Pass an event of the answer on to the reader. Raises ApiError(TIMEOUT) when that one is too far behind."""
@@ -226,11 +226,9 @@ class Turns:
 
     async def _run(self, turn: Turn) -> None:
         """The turn's task: the story, and its one terminal event however it ends."""
-        turn_s_max = self._config.limits.turn_s_max
         self._note(turn, "running")
         try:
-            async with asyncio.timeout(turn_s_max):
-                finished = await self._story(turn)
+            finished = await self._story(turn)
             self._note(turn, "finished", finished.usage)
             turn.stream.emit(finished)
             if turn.conversation is not None:  # not before: the answer and its bill would wait beside that work
@@ -242,8 +240,6 @@ class Turns:
             self._fail(turn, failed, failed.usage)
         except ApiError as error:
             self._fail(turn, error)
-        except TimeoutError:
-            self._fail(turn, ApiError(ErrorKind.TIMEOUT, f"the turn took longer than {turn_s_max:g} s"))
         except Exception as exc:  # noqa: BLE001 - the turn boundary: whatever it was, the client gets a terminal event
             self._log.error("turn failed", turn_id=turn.turn_id, error=type(exc).__name__, where=where(exc))
             self._fail(turn, internal_error())
@@ -256,12 +252,23 @@ class Turns:
         check_allowed(turn.principal, turn.request.model)
         with self._admission.enter(turn.principal.organisation, turn.request.n):
             async with self._billing.enter(turn.facts(), turn) as bill:
-                finished = await self._billed(turn, bill)
+                finished = await self._in_time(turn, bill)
         return finished
+
+    async def _in_time(self, turn: Turn, bill: Bill) -> Finished:
+        """Bounded is all but the billing behind it, so that what is charged as finished is told as that."""
+        turn_s_max = self._config.limits.turn_s_max
+        try:
+            async with asyncio.timeout(turn_s_max):
+                return await self._billed(turn, bill)
+        except TimeoutError as exc:
+            raise ApiError(ErrorKind.TIMEOUT, f"the turn took longer than {turn_s_max:g} s") from exc
 
     async def _billed(self, turn: Turn, bill: Bill) -> Finished:
         n_ctx = ready_model(self._engine).n_ctx
         request = await self._prepared(turn)
+        if turn.object is not None:
+            bill.names(turn.object.id)
         if request.cache is not None and request.cache.dry_run:
             return _dry_run(turn)
         with turn.phases.measure("render"):
@@ -273,15 +280,21 @@ class Turns:
             message = f"model {request.model!r} does not think before it answers: leave thinking out or disable it"
             raise ApiError(ErrorKind.INVALID_REQUEST, message, param="thinking")
         with turn.phases.measure("reserve"):
-            is_used = turn.object_use.status is ObjectStatus.READY  # only then a call pays as one that uses it
-            sold = object_tokens if is_used and object_tokens is not None else 0
-            await self._billing.reserve(bill, built.prompt.n_tokens, rules.max_tokens, sold)
+            await self._billing.reserve(bill, built.prompt.n_tokens, rules.max_tokens, self._sold(turn))
         with self._lookups.begin(turn.turn_id, turn.tenant, request, built, turn.object_use) as look:
             finished = await self._answer(turn, request, built, rules, look, bill)
         await self._renew_object(turn)
         turn.conversation = self._conversation(turn, request)
         bill.finished(finished.usage)
         return finished
+
+    def _sold(self, turn: Turn) -> int:
+        """Tokens that are read from a cache object, and paid as such, if all of it is there."""
+        obj = turn.object
+        is_ready = turn.object_use.status is ObjectStatus.READY  # only then a call pays as one that uses it
+        return (
+            obj.n_tokens if obj is not None and is_ready and self._billing.sells(obj.model, turn.request.model) else 0
+        )
 
     async def _prepared(self, turn: Turn) -> ChatRequest:
         """The request as it is rendered: with its cache object's messages, volatile lines rewritten, documents read."""

@@ -61,7 +61,7 @@ def test_every_act_is_done_once() -> None:
     for _ in range(2):
         at.settle(settlement_of("t", 30))
     at.hold(hold_of("t", 80))
-    at.release("t")
+    at.release(Release("t"))
     assert sums(at) == (70, 0, 0)
     assert [row.id for row in at.rows] == ["t/hold", "t/settle"]
 
@@ -254,7 +254,7 @@ def test_a_request_sent_again_holds_only_what_it_may_cost_more() -> None:
 def test_another_body_under_the_same_key_is_refused() -> None:
     at = books()
     at.hold(hold_of("a", 50, repeat=ONCE))
-    at.release("a")
+    at.release(Release("a"))
     with pytest.raises(ApiError, match="another request body") as caught:
         at.hold(hold_of("b", 50, repeat=Repeat(b"key", b"other")))
     assert caught.value.kind is ErrorKind.INVALID_REQUEST

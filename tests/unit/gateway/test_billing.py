@@ -1,9 +1,11 @@
 """Limits and money through HTTP: the worked examples to the last nano, refusals, disconnects, repeats, cache objects."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -207,6 +209,64 @@ async def test_a_repeat_gets_the_same_answer_so_that_no_other_is_had_for_its_pri
         assert first == again != other
         assert first is not None and other is not None
         assert (own, fresh) == (7, None)
+
+
+async def test_a_repeat_whose_tag_means_another_object_is_another_request(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        made = [await at.server.ready_cache(text * 200, key=at.key, model="kimi", ttl=600) for text in ("x", "y")]
+
+        async def ask(object_id: str) -> Any:
+            bound = {"tag": "t", "cache_id": object_id}
+            assert (await at.server.request("POST", "/v1/caching/refs/tags", bound, key=at.key)).status == 200
+            messages = [{"role": "cache", "content": "tag=t"}, {"role": "user", "content": "?"}]
+            body = {"model": "kimi", "messages": messages}
+            headers = {"idempotency-key": "order-66"}
+            return await at.server.request("POST", "/v1/chat/completions", body, key=at.key, headers=headers)
+
+        assert [(await ask(one["id"])).status for one in (made[0], made[0], made[1])] == [200, 200, 400]
+
+
+async def test_attempts_that_were_refused_do_not_use_up_a_key(tmp_path: Path) -> None:
+    async with paid(tmp_path) as at:
+        headers = {"idempotency-key": "order-66"}
+        at.server.engine.overloaded = True
+        for _ in range(7):
+            assert (await at.ask("kimi", "hello", headers=headers)).status == 429
+        at.server.engine.overloaded = False
+        assert [(await at.ask("kimi", "hello", headers=headers)).status for _ in range(6)] == [200] * 5 + [400]
+        await at.balanced()
+
+
+async def test_what_is_charged_as_finished_is_told_as_finished(tmp_path: Path) -> None:
+    """However long the ledger takes."""
+    async with paid(tmp_path, turn_s_max=0.5) as at:
+        engine, is_slow = at.server.storage._engine, True
+
+        def slow(_connection: Any, _cursor: Any, statement: str, *_more: Any) -> None:
+            nonlocal is_slow
+            if is_slow and statement.startswith("DELETE FROM holds"):
+                is_slow = False
+                threading.Event().wait(1.0)
+
+        sa.event.listen(engine, "before_cursor_execute", slow)
+        answer = await at.ask("kimi", "hello")
+        sa.event.remove(engine, "before_cursor_execute", slow)
+        assert not is_slow
+        assert answer.status == 200
+        assert [row.status for row in await at.rows("settle")] == ["finished"]
+
+
+async def test_an_object_is_paid_as_one_at_the_prices_it_was_made_at_only(tmp_path: Path) -> None:
+    """A name whose objects cost nothing is no way to free reads under another."""
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="minimax", ttl=600)
+        messages = [{"role": "cache", "content": f"cache_id={made['id']}"}, {"role": "user", "content": "?"}]
+        at.server.engine.script = used(Usage(10, 500, 0, 1), "ok")
+        body = {"model": "kimi", "messages": messages, "max_tokens": 5}
+        assert (await at.server.request("POST", "/v1/chat/completions", body, key=at.key)).status == 200
+        (row,) = await at.rows("settle")
+        assert (row.n_read, row.n_object, row.call_nano, row.read_nano) == (500, 0, 0, 500 * 12_000)
+        assert await at.faults() == []
 
 
 async def test_places_are_an_organisations_whatever_namespaces_its_projects_have(tmp_path: Path) -> None:
