@@ -14,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from starlette.applications import Starlette
 
 from keepwarm.billing.ledger import Ledger
 from keepwarm.billing.meter import Meters
-from keepwarm.billing.price_book import load_price_book
+from keepwarm.billing.price_book import PriceBook, load_price_book
 from keepwarm.cache.objects import Objects
 from keepwarm.cache.render import Templating
 from keepwarm.config import Config, ConfigError, ModelConfig
@@ -162,11 +163,14 @@ async def gateway(
     counters = await asyncio.to_thread(open_rate_store, config.rates.redis_url)
     rates = RateLimits(config.rates, counters, clock, log)
     rendering = Rendering(templating, model.to_gbnf, config.limits, Documents(config.limits, reading, files))
+    ledger = Ledger(storage, clock, ids, hold_s=config.limits.turn_s_max + HOLD_REST_S)
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with (
+            _billing(ledger, prices, rates, partial(Runtime, clock, ids, log)) as billing,
+            asyncio.TaskGroup() as tasks,
+        ):
             runtime = Runtime(clock, ids, log, tasks)
             warmup = WarmUp(prompts, rendering, model.engine, runtime)
-            ledger = Ledger(storage, clock, ids, hold_s=config.limits.turn_s_max + HOLD_REST_S)
             paying = ObjectBilling(ledger, Meters(storage, clock, prices.prices_or_none), prices, rates, runtime)
             warming = Warming(objects, rendering, model.engine, warmup, paying, runtime, is_durable=is_durable)
             settling = Settling(config.cache, rendering, model.engine, runtime)
@@ -177,7 +181,6 @@ async def gateway(
             await breakpoints.load()
             history = History(templating.decode)
             lookups = Lookups(config.cache, models, breakpoints, history, template=templating.digest)
-            billing = Billing(ledger, prices, rates, runtime)
             turns = Turns(config, admission, caching, rendering, model.engine, settling, lookups, billing, runtime)
             services = Services(
                 config,
@@ -205,7 +208,6 @@ async def gateway(
                 tasks.create_task(warmup.work()),
                 tasks.create_task(files.work()),
                 tasks.create_task(files.tick_forever()),
-                tasks.create_task(ledger.work()),
                 tasks.create_task(paying.tick_forever()),
             ]
             try:
@@ -221,6 +223,26 @@ async def gateway(
         await counters.close()
         await asyncio.to_thread(rendering.close)
         await asyncio.to_thread(disk.close)
+
+
+@asynccontextmanager
+async def _billing(
+    ledger: Ledger, prices: PriceBook, rates: RateLimits, runtime_of: Callable[[asyncio.TaskGroup], Runtime]
+) -> AsyncIterator[Billing]:
+    """Limits and ledger for turns, with the ledger's worker in a group of their own.
+
+    It outlives the other tasks: a fault of one of those ends all turns, and what they have used is charged.
+    """
+    async with asyncio.TaskGroup() as lasting:
+        working = lasting.create_task(ledger.work())
+        billing = Billing(ledger, prices, rates, runtime_of(lasting))
+        try:
+            yield billing
+        finally:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_S):
+                    await billing.drained()
+            working.cancel()
 
 
 def _root(model: ModelConfig, templating: Templating) -> bytes:

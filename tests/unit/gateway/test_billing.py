@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
 from keepwarm.billing.budget import Budget, Period, Scope
@@ -17,7 +18,8 @@ from keepwarm.core.identity import NewKey, OrganisationChange
 from keepwarm.core.prompt import Plan
 from keepwarm.core.rate_limit import LimitOverrides
 from keepwarm.gateway.identities import Identities
-from keepwarm.tables import cache_objects
+from keepwarm.storage import Storage, database_path
+from keepwarm.tables import cache_objects, ledger_rows
 from tests.engines import StepEngine
 from tests.paid import NANO, paid, text_of, used
 from tests.world import CONFIG, until
@@ -235,6 +237,32 @@ async def test_attempts_that_were_refused_do_not_use_up_a_key(tmp_path: Path) ->
         at.server.engine.overloaded = False
         assert [(await at.ask("kimi", "hello", headers=headers)).status for _ in range(6)] == [200] * 5 + [400]
         await at.balanced()
+
+
+async def test_turns_that_a_fault_of_the_server_ends_are_charged(tmp_path: Path) -> None:
+    engine = StepEngine(used(Usage(90, 0, 0, 30), *"abcdef"))
+
+    async def break_down() -> None:
+        async with paid(tmp_path, engine=engine) as at:
+            steps = asyncio.Semaphore(4)
+            engine.gate = steps.acquire
+            body = {"model": "kimi", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+            await at.server.call("POST", "/v1/chat/completions", body, key=at.key).until(b'"a"')
+
+            def broken(_now: float, _limit: int) -> Any:
+                raise ZeroDivisionError
+
+            at.server.running.warming._objects.expire = broken  # type: ignore[method-assign]  # at the next tick
+            await asyncio.Event().wait()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await break_down()
+    assert caught.group_contains(ZeroDivisionError)
+    storage = await asyncio.to_thread(Storage.open, database_path(tmp_path / "data"), 5.0)
+    query = sa.select(ledger_rows).order_by(ledger_rows.c.seq)
+    hold, settled = await storage.run(lambda connection: connection.execute(query).all())
+    await asyncio.to_thread(storage.close)
+    assert (hold.kind, settled.kind, settled.n_fresh, settled.status) == ("hold", "settle", 90, "internal")
 
 
 async def test_what_is_charged_as_finished_is_told_as_finished(tmp_path: Path) -> None:
