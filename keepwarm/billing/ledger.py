@@ -131,10 +131,15 @@ class Ledger:
         await self.lapse_vouchers()
         await self.forget_repeats()
 
-    async def grant(self, organisation: str, currency: str, amount_nano: int, note: str | None = None) -> None:
-        """Cash comes in. Raises ApiError(INVALID_REQUEST) unless the amount is above 0."""
+    async def grant(
+        self, organisation: str, currency: str, amount_nano: int, note: str | None = None, *, once: str | None = None
+    ) -> None:  # fmt: skip
+        """Cash comes in. Raises ApiError(INVALID_REQUEST) unless the amount is above 0, or when it is beyond counting.
+
+        `once` names the grant: a second one of that name does nothing.
+        """
         _check_positive(amount_nano)
-        await self._credit(self._row(RowKind.GRANT, organisation, currency, note, cash_nano=amount_nano))
+        await self._credit(self._row(RowKind.GRANT, organisation, currency, note, cash_nano=amount_nano, name=once))
 
     async def grant_voucher(
         self,
@@ -143,14 +148,19 @@ class Ledger:
         amount_nano: int,
         expires_at: float | None = None,
         note: str | None = None,
+        *,
+        once: str | None = None,
     ) -> str:
-        """A voucher comes in; its id. Raises ApiError(INVALID_REQUEST) when it is over already, or as `grant`."""
+        """A voucher comes in; its id. Raises ApiError(INVALID_REQUEST) when it is over already, or as `grant`.
+
+        `once` as there.
+        """
         _check_positive(amount_nano)
         now = self._clock.now()
         if expires_at is not None and expires_at <= now:
             message = f"the voucher would expire at {expires_at:.0f}, which is over: it is {now:.0f}"
             raise ApiError(ErrorKind.INVALID_REQUEST, message)
-        voucher_id = self._ids.new("voucher-")
+        voucher_id = self._ids.new("voucher-") if once is None else f"voucher-{once}"
         row = self._row(RowKind.GRANT, organisation, currency, note, voucher_nano=amount_nano, voucher_id=voucher_id)
         voucher = Voucher(voucher_id, amount_nano, row.at, expires_at)  # as old as its row, to the last bit
         await self._credit(row, voucher)
@@ -248,7 +258,11 @@ class Ledger:
         return answers
 
     async def _credit(self, row: Row, voucher: Voucher | None = None) -> None:
-        await self._in_books(partial(_of, row.organisation), lambda books: books.credit(row, voucher))
+        def credit(books: Books) -> None:
+            if row.id not in books.at.known:
+                books.credit(row, voucher)
+
+        await self._in_books(partial(_of, row.organisation, row_ids=frozenset({row.id})), credit)
 
     async def _in_books(
         self, opened: Callable[[sa.Connection, float, float], Books], work: Callable[[Books], T]
@@ -263,9 +277,9 @@ class Ledger:
 
     def _row(
         self, kind: RowKind, organisation: str, currency: str, note: str | None, *,
-        cash_nano: int = 0, voucher_nano: int = 0, voucher_id: str | None = None,
+        cash_nano: int = 0, voucher_nano: int = 0, voucher_id: str | None = None, name: str | None = None,
     ) -> Row:  # fmt: skip
-        row_id = f"{self._ids.new('')}/{kind.value}" if voucher_id is None else f"{voucher_id}/{kind.value}"
+        row_id = f"{voucher_id or name or self._ids.new('')}/{kind.value}"
         return Row(
             id=row_id,
             kind=kind,
@@ -283,8 +297,11 @@ def _overdue(connection: sa.Connection, now: float, hold_s: float) -> Books:
     return open_overdue(connection, now, hold_s)
 
 
-def _of(organisation: str, connection: sa.Connection, now: float, hold_s: float) -> Books:
-    return open_books(connection, Concern(set(), set(), {organisation}, set(), is_held_asked=True), now, hold_s)
+def _of(
+    organisation: str, connection: sa.Connection, now: float, hold_s: float, *, row_ids: frozenset[str] = frozenset()
+) -> Books:  # fmt: skip
+    concern = Concern(set(row_ids), set(), {organisation}, set(), is_held_asked=True)
+    return open_books(connection, concern, now, hold_s)
 
 
 def _set_budget(clock: Clock, budget: Budget, connection: sa.Connection) -> None:

@@ -9,6 +9,7 @@ from datetime import date
 from typing import Annotated, Literal
 
 import msgspec
+from blake3 import blake3
 from msgspec import Meta, Struct
 
 from keepwarm.billing.amount import checked_currency, nano_of
@@ -27,12 +28,13 @@ from keepwarm.dialects.kimi_balance import BalanceReply, render_balance
 from keepwarm.dialects.openai_error import ErrorBody
 from keepwarm.dialects.openapi import Param, Route
 from keepwarm.gateway.identities import Identities
-from keepwarm.server.endpoints import Entry, fields_of
+from keepwarm.server.endpoints import Entry, fields_of, repeat_of
 from keepwarm.server.exchange import Exchange
 from keepwarm.storage import Storage
 
 TAG = "money"
 NOTE_CHARS_MAX = 1000
+ONCE_BYTES = 16  # of the digest that names a grant
 ALONE = (  # what a browser may do with a page about money: show it, as what it says it is
     ("cache-control", "no-store"),
     ("content-security-policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
@@ -199,16 +201,18 @@ class BillingCalls:
         await self._reply_budgets(exchange, scope.organisation)
 
     async def grant(self, exchange: Exchange) -> None:
-        """POST /admin/grants."""
+        """POST /admin/grants. One that is sent again with its Idempotency-Key and body is the same one."""
         new = self._grant.decode(await exchange.body())
         org, currency, amount = new.organisation, checked_currency(new.currency), nano_of(new.amount)
         await self._identities.organisation(org)
+        sent = repeat_of(exchange)
+        once = None if sent is None else blake3(sent.key_digest + sent.body_digest).hexdigest(ONCE_BYTES)
         if new.kind == "voucher":
-            await self._ledger.grant_voucher(org, currency, amount, new.expires_at, new.note)
+            await self._ledger.grant_voucher(org, currency, amount, new.expires_at, new.note, once=once)
         elif new.expires_at is not None:
             raise _wrong("expires_at", "cash does not expire; give it with a voucher")
         else:
-            await self._ledger.grant(org, currency, amount, new.note)
+            await self._ledger.grant(org, currency, amount, new.note, once=once)
         await self._reply_balance(exchange, org)
 
     async def kimi_balance(self, exchange: Exchange) -> None:

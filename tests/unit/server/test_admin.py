@@ -199,6 +199,21 @@ async def test_keys_are_listed_in_pages(server: World, admin: str) -> None:
         await done(server, admin, "GET", f"/admin/orgs/acme/keys?{wrong}", status=400)
 
 
+@pytest.mark.parametrize("kind", ["cash", "voucher"])
+async def test_a_grant_that_is_sent_again_is_given_once(server: World, operator: str, admin: str, kind: str) -> None:
+    async def available(headers: dict[str, str], amount: str = "10") -> str:
+        body = {"organisation": "acme", "currency": "USD", "amount": amount, "kind": kind}
+        answer = await server.request("POST", "/admin/grants", body, key=operator, headers=headers)
+        assert answer.status == 200, answer.body
+        return str(answer.json()["data"][0]["available"])
+
+    key = {"idempotency-key": "march"}
+    assert [await available(key), await available(key)] == ["10", "10"]
+    assert await available(key, amount="5") == "15"  # another body is another grant
+    assert await available({"idempotency-key": "april"}) == "25"
+    assert [await available({}), await available({})] == ["35", "45"]
+
+
 async def test_a_browser_may_only_show_an_invoice(server: World, admin: str) -> None:
     answer = await server.request("GET", "/admin/invoice?month=2023-11", key=admin)
     assert answer.status == 200 and answer.headers["content-type"].startswith("text/html")
