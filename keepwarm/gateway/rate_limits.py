@@ -67,6 +67,7 @@ class RateLimits:
     def __init__(self, config: RatesConfig, store: RateStore, clock: Clock, log: Log) -> None:
         self._config = config
         self._counters = store.counters
+        self._slots = store.slots
         self._clock = clock
         self._log = log
         self._windows = FixedWindowRateLimiter(store.counters)
@@ -193,11 +194,14 @@ class RateLimits:
         taken: list[Window] = []
         try:
             for window in windows:
-                if not await self._windows.test(window.item, *window.names, cost=n):
-                    return window
+                async with self._slots:
+                    if not await self._windows.test(window.item, *window.names, cost=n):
+                        return window
             for window in windows:
-                taken.append(window)  # first: what has been sent arrives, also when we are cancelled meanwhile
-                if not await self._windows.hit(window.item, *window.names, cost=n):
+                async with self._slots:
+                    taken.append(window)  # first: what has been sent arrives, also when we are cancelled meanwhile
+                    fits = await self._windows.hit(window.item, *window.names, cost=n)
+                if not fits:
                     await self._add(taken, -n)
                     return window
         except StorageError as exc:
@@ -214,16 +218,18 @@ class RateLimits:
             for window in windows:
                 if not n or self._clock.now() >= window.ends_at:  # nobody will read its counter again
                     continue
-                left = await self._counters.incr(window.key, window.item.get_expiry(), n)
-                if left < 0:  # the store has forgotten what was taken
-                    await self._counters.incr(window.key, window.item.get_expiry(), -left)
+                async with self._slots:
+                    left = await self._counters.incr(window.key, window.item.get_expiry(), n)
+                    if left < 0:  # the store has forgotten what was taken
+                        await self._counters.incr(window.key, window.item.get_expiry(), -left)
         except StorageError as exc:
             self._fault(exc)
 
     async def _used(self, window: Window) -> int:
         """Raises ApiError(OVERLOADED)."""
         try:
-            return await self._counters.get(window.key)
+            async with self._slots:
+                return await self._counters.get(window.key)
         except StorageError as exc:
             raise self._fault(exc) from exc
 

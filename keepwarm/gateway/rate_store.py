@@ -1,8 +1,9 @@
 """Where uses are counted: in this process's memory, or in Redis for several processes that serve the same organisations."""
 
+import asyncio
 import importlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from limits.aio.storage import MemoryStorage, RedisStorage, Storage
@@ -16,10 +17,14 @@ REDIS_CONNECTIONS_MAX = 32  # a command takes a tenth of a millisecond, so a tur
 
 @dataclass(frozen=True, slots=True)
 class RateStore:
-    """Counters, and how to close their connections. Counters raise limits.errors.StorageError when they fail."""
+    """Counters, and how to close their connections. Counters raise limits.errors.StorageError when they fail.
+
+    Who uses them holds one of `slots` meanwhile: then a connection is there, and what is begun has been sent.
+    """
 
     counters: Storage
     close: Callable[[], Awaitable[None]]
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(REDIS_CONNECTIONS_MAX))
 
 
 def open_rate_store(redis_url: str | None) -> RateStore:

@@ -16,7 +16,7 @@ from keepwarm.core.event import Usage
 from keepwarm.core.principal import Principal, Role
 from keepwarm.core.rate_limit import KIMI_TIERS, Allowance, LimitState, OrgLimits
 from keepwarm.gateway.rate_limits import RateLimits
-from keepwarm.gateway.rate_store import open_rate_store
+from keepwarm.gateway.rate_store import REDIS_CONNECTIONS_MAX, open_rate_store
 from keepwarm.telemetry import Log
 from tests.world import FakeClock, capturing_log
 
@@ -344,6 +344,23 @@ async def test_a_turn_cancelled_while_it_is_admitted_gives_back_what_it_took(rat
         turn.cancel()
     assert turn.cancelled()
     assert await left(rates, acme) == (None, 100, 1000)
+
+
+async def test_a_turn_cancelled_while_it_waits_for_the_store_gives_nothing_back(rates: RateLimits) -> None:
+    """It has taken nothing; else who leaves early would lower the count of the others."""
+    acme = limited(tpm=100, tpd=1000)
+    slots = rates._slots
+    async with asyncio.TaskGroup() as tasks:
+        await begin(rates, acme, 40)
+        while not slots.locked():
+            await slots.acquire()
+        turn = tasks.create_task(begin(rates, acme, 40))
+        await asyncio.sleep(0)
+        turn.cancel()
+        await asyncio.wait([turn])
+        for _ in range(REDIS_CONNECTIONS_MAX):
+            slots.release()
+    assert await left(rates, acme) == (None, 60, 960)
 
 
 @pytest.mark.parametrize(
