@@ -90,6 +90,7 @@ async def _use(storage: Storage, clock: FakeClock) -> None:
         await turn(ledger, "t10", WEB, KIMI, used(KIMI, Usage(60_000, 0, 0, 2_000)))
         await ledger.adjust("umbra", "USD", -5, "a correction")
         await ledger.hold(Hold("t11", OTHER, "kimi", "m", KIMI, 700, is_prepaid=False))
+        await meters.open(_life("cache-2", clock.now()))  # and goes on
 
 
 def _creation(id_: str, object_id: str) -> Creation:
@@ -102,13 +103,14 @@ def _life(object_id: str, began_at: float) -> Metered:
 
 
 def _seed(connection: sa.Connection) -> None:
-    """A cache object that meters find."""
-    connection.execute(
-        sa.insert(cache_objects).values(
-            id="cache-1", tenant="acme", model="m", status="ready", generation=1, created_at=0, expires_at=10**10,
-            n_tokens=N_OBJECT, name="", description="", tools=b"", messages=b"",
-        )
-    )  # fmt: skip
+    """Cache objects that meters find: one that will be over, one that will be ready."""
+    for id_, status in (("cache-1", "inactive"), ("cache-2", "ready")):
+        connection.execute(
+            sa.insert(cache_objects).values(
+                id=id_, tenant="acme", model="m", status=status, generation=1, created_at=0, expires_at=10**10,
+                n_tokens=N_OBJECT, name="", description="", tools=b"", messages=b"", project="web", key_id=7,
+            )
+        )  # fmt: skip
     for name in ("acme", "umbra"):
         connection.execute(
             sa.insert(organisations).values(id=name, is_prepaid=False, cache_scope="organisation", created_at=0)

@@ -67,13 +67,16 @@ class KeptMeter(Struct, frozen=True):
     """What of `storage_meters` is recounted."""
 
     id: str
+    object_id: str
     sheet: str | None
     sheet_model: str | None
     currency: str | None
     n_tokens: int
     began_at: float
+    ends_at: float
     charged_until: float
     charged_nano: int
+    is_closed: bool
 
 
 class Kept(Struct, frozen=True):
@@ -85,6 +88,7 @@ class Kept(Struct, frozen=True):
     budgets: frozenset[tuple[str, str, str]]  # scope, currency, period
     spending: dict[SpentKey, int]
     meters: tuple[KeptMeter, ...]
+    ready: dict[str, float]  # cache objects with a payer that are ready, and when their time is over
 
 
 class Recount:
@@ -130,6 +134,7 @@ class Recount:
             *self._end_spending(kept),
             *(fault for meter in kept.meters for fault in self._end_meter(meter)),
             *(Fault(f"meter {life}", "rows of its storage are there, it is not") for life in self._lost(kept)),
+            *_unmetered(kept),
         ]
 
     def _holding(self, row: Written, kind: RowKind) -> list[str]:
@@ -263,6 +268,9 @@ class Recount:
         lived_s = meter.charged_until - meter.began_at
         said = _unless(meter.charged_nano == nano, f"charged_nano is {meter.charged_nano}, its rows come to {nano}")
         said += _unless(floor(lived_s) == seconds, f"it is paid for {floor(lived_s)} s, its rows are for {seconds}")
+        whole_s = meter.ends_at - meter.began_at
+        if meter.is_closed:
+            said += _unless(seconds == floor(whole_s), f"it is closed, paid for {seconds} s of {floor(whole_s)}")
         if meter.sheet is not None and meter.sheet_model is not None and meter.currency is not None:
             try:
                 prices = self._prices(Priced(meter.sheet, meter.sheet_model, meter.currency))
@@ -276,6 +284,16 @@ class Recount:
     def _lost(self, kept: Kept) -> list[str]:
         there = {meter.id for meter in kept.meters}
         return [life for life in self._lives if life not in there]
+
+
+def _unmetered(kept: Kept) -> list[Fault]:
+    """Objects that are kept for nothing, or longer than their meter says."""
+    ends = {(meter.object_id, meter.ends_at) for meter in kept.meters}
+    return [
+        Fault(f"cache object {object_id}", f"it is kept until {ends_at:.3f}, and no meter of it ends then")
+        for object_id, ends_at in kept.ready.items()
+        if (object_id, ends_at) not in ends
+    ]
 
 
 def _shape(row: Written, kind: RowKind) -> list[str]:

@@ -13,8 +13,9 @@ from msgspec import Struct
 
 from keepwarm.billing.recount import Fault, Kept, KeptMeter, KeptVoucher, Prices, Recount
 from keepwarm.billing.written import Written
+from keepwarm.core.cache_object import NS_PER_S, ObjectStatus
 from keepwarm.storage import Storage
-from keepwarm.tables import accounts, budgets, holds, ledger_rows, spending, storage_meters, vouchers
+from keepwarm.tables import accounts, budgets, cache_objects, holds, ledger_rows, spending, storage_meters, vouchers
 
 PART = 5_000  # rows in one transaction: some tens of ms in which turns wait
 
@@ -82,7 +83,15 @@ def _kept(connection: sa.Connection) -> Kept:
         budgets=frozenset(_budgets(connection)),
         spending={(row.scope, row.currency, row.period, row.period_start): row.spent_nano for row in all_of(spending)},
         meters=tuple(KeptMeter(*row) for row in connection.execute(sa.select(*meter_columns))),
+        ready=dict(_ready(connection)),
     )
+
+
+def _ready(connection: sa.Connection) -> list[tuple[str, float]]:
+    columns = cache_objects.c
+    query = sa.select(columns.id, columns.expires_at, columns.early_ns)
+    rows = connection.execute(query.where(columns.status == ObjectStatus.READY.value, columns.key_id.is_not(None)))
+    return [(row.id, row.expires_at - row.early_ns / NS_PER_S) for row in rows]
 
 
 def _budgets(connection: sa.Connection) -> list[tuple[str, str, str]]:
