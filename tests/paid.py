@@ -44,6 +44,7 @@ output = "10"
 NAMES = {
     "minimax": "minimax@2026/worked-example",
     "kimi": "kimi@2024-07-01/moonshot-v1-8k",
+    "kimi-32k": "kimi@2024-07-01/moonshot-v1-32k",
     "claude": "house@1/anthropic",
     "gemini": "house@1/gemini-pro",
 }

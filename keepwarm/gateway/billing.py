@@ -171,10 +171,13 @@ class Billing:
     def sells(self, object_model: str, model: str) -> bool:
         """Whether a turn that asks for `model` pays for a cache object made for `object_model` as such.
 
-        Names of one model may have prices of their own; an object that was made and is kept by others is read as anything.
+        Names of one model may have prices of their own, such as Kimi's by length, with the same ones for objects. Where those
+        differ, what was made and is kept at the one is read as anything else is.
         """
         made, asked = (self._prices.priced(name, self._clock.now()) for name in (object_model, model))
-        return made is not None and asked is not None and made[0] == asked[0]
+        if made is None or asked is None:
+            return False
+        return (made[0].currency, made[1].objects) == (asked[0].currency, asked[1].objects)
 
     async def limits(self, principal: Principal) -> LimitState:
         """What is left of the organisation's limits, for the headers of an answer."""

@@ -297,6 +297,19 @@ async def test_an_object_is_paid_as_one_at_the_prices_it_was_made_at_only(tmp_pa
         assert await at.faults() == []
 
 
+async def test_an_object_is_one_under_all_names_whose_objects_cost_the_same(tmp_path: Path) -> None:
+    """Kimi's objects are made for the family and used by a model of any length."""
+    async with paid(tmp_path) as at:
+        made = await at.server.ready_cache("x" * 500, key=at.key, model="kimi", ttl=600)
+        messages = [{"role": "cache", "content": f"cache_id={made['id']}"}, {"role": "user", "content": "?"}]
+        at.server.engine.script = used(Usage(10, 500, 0, 1), "ok")
+        body = {"model": "kimi-32k", "messages": messages, "max_tokens": 5}
+        assert (await at.server.request("POST", "/v1/chat/completions", body, key=at.key)).status == 200
+        (row,) = await at.rows("settle")
+        assert (row.n_object, row.read_nano, row.call_nano) == (500, 0, NANO // 50)
+        assert row.fresh_nano == 10 * 24_000
+
+
 async def test_places_are_an_organisations_whatever_namespaces_its_projects_have(tmp_path: Path) -> None:
     async with paid(tmp_path) as at:
         server = at.server
