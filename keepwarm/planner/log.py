@@ -6,7 +6,7 @@ Lines may be in any order. What cannot be read is skipped and counted, or ends i
 passed always does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -116,30 +116,36 @@ def log_traffic(
     Raises PlanError: the file cannot be read, a bound is passed, nothing in it can be read, or a line cannot (`strict`).
     """
     prompts: list[Prompt] = []
-    n_blocks = number = n_skipped = 0
+    n_blocks = n_skipped = 0
     first = ""
+    for number, line in numbered_lines(path, bounds, on_bytes):
+        try:
+            prompts.append(_prompt(line, render))
+        except _LineError as exc:
+            if strict:
+                raise PlanError(f"{path}, line {number:,}: {exc}") from exc
+            n_skipped += 1
+            first = first or f"line {number:,}: {exc}"
+            continue
+        n_blocks += len(prompts[-1].blocks) + len(prompts[-1].spots)
+        within(len(prompts), n_blocks, bounds, f"{path}, line {number:,}")
+    if not prompts:
+        raise PlanError(f"{path} has no request that can be read{f'; {first}' if first else ''}")
+    prompts.sort(key=lambda prompt: prompt.at_s)
+    return Traffic(path.stem, BLOCK_TOKENS, tuple(prompts)), Skipped(n_skipped, first)
+
+
+def numbered_lines(path: Path, bounds: Bounds, on_bytes: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
+    """The lines that have something in them, from 1; `on_bytes` is told how much each of all was. Raises PlanError."""
+    number = 0
     with opened(path) as file:
         while line := file.readline(bounds.line_bytes_max + 1):
             number += 1
             on_bytes(len(line))
             if len(line) > bounds.line_bytes_max:
                 raise PlanError(f"{path}, line {number:,}: longer than {bounds.line_bytes_max:,} bytes")
-            if not line.strip():
-                continue
-            try:
-                prompts.append(_prompt(line, render))
-            except _LineError as exc:
-                if strict:
-                    raise PlanError(f"{path}, line {number:,}: {exc}") from exc
-                n_skipped += 1
-                first = first or f"line {number:,}: {exc}"
-                continue
-            n_blocks += len(prompts[-1].blocks) + len(prompts[-1].spots)
-            within(len(prompts), n_blocks, bounds, f"{path}, line {number:,}")
-    if not prompts:
-        raise PlanError(f"{path} has no request that can be read{f'; {first}' if first else ''}")
-    prompts.sort(key=lambda prompt: prompt.at_s)
-    return Traffic(path.stem, BLOCK_TOKENS, tuple(prompts)), Skipped(n_skipped, first)
+            if line.strip():
+                yield number, line
 
 
 def within(n_requests: int, n_blocks: int, bounds: Bounds, where: str) -> None:

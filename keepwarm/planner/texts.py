@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from keepwarm.planner import PlanError
-from keepwarm.planner.log import Bounds, opened, within
+from keepwarm.planner.log import Bounds, numbered_lines, opened, within
 from keepwarm.planner.numbers import BLOCK_TOKENS, PrefixNumbers, block_ends
 from keepwarm.planner.traffic import Chain, Traffic, traced
 
@@ -59,17 +59,9 @@ def text_traffic(path: Path, encode: Encode, bounds: Bounds, on_bytes: Callable[
 
 def _lines(path: Path, bounds: Bounds, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, _Line]]:
     for file_path in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        number = 0
-        with opened(file_path) as file:
-            while line := file.readline(bounds.line_bytes_max + 1):
-                number += 1
-                where = f"{file_path}, line {number:,}"
-                on_bytes(len(line))
-                if len(line) > bounds.line_bytes_max:
-                    raise PlanError(f"{where}: longer than {bounds.line_bytes_max:,} bytes")
-                if not line.strip():
-                    continue
-                try:
-                    yield where, msgspec.json.decode(line, type=_Line)
-                except msgspec.DecodeError as exc:
-                    raise PlanError(f"{where}: no prompt with timestamp, input and output: {exc}") from exc
+        for number, line in numbered_lines(file_path, bounds, on_bytes):
+            where = f"{file_path}, line {number:,}"
+            try:
+                yield where, msgspec.json.decode(line, type=_Line)
+            except msgspec.DecodeError as exc:
+                raise PlanError(f"{where}: no prompt with timestamp, input and output: {exc}") from exc

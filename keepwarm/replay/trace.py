@@ -1,9 +1,9 @@
 """Recorded traffic as requests whose prompts are chains of numbered blocks.
 
 Two formats, told apart by content. Mooncake (kvcache-ai/Mooncake, FAST'25): a JSON line per request, `timestamp` in ms,
-`input_length` and `output_length` in tokens, `hash_ids` of 512-token blocks, the last maybe short. Agent sessions (callanjfox/kv-cache-tester):
-a JSON file per session with `block_size`, requests with `t` in s, `in` in tokens and `hash_ids` that are local to the
-session and cover whole blocks only; sessions are laid over each other by their times.
+`input_length` and `output_length` in tokens, `hash_ids` of 512-token blocks, the last maybe short. Agent sessions
+(callanjfox/kv-cache-tester): a JSON file per session with `block_size`, requests with `t` in s, `in` and `out` in tokens and
+`hash_ids` that are local to the session and cover whole blocks only; sessions are laid over each other by their times.
 
 Invariant: a block number names a block together with all before it, so it has one parent and one depth in all requests.
 """
