@@ -167,7 +167,8 @@ class Meters:
         columns = storage_meters.c
         mine = sa.and_(columns.object_id == object_id, columns.is_closed.is_(False))
         # Not before what is paid: a tick may have run between the deletion and this call.
-        connection.execute(sa.update(storage_meters).where(mine, columns.ends_at > at).values(ends_at=at))
+        end = sa.case((columns.charged_until > at, columns.charged_until), else_=at)
+        connection.execute(sa.update(storage_meters).where(mine, columns.ends_at > at).values(ends_at=end))
         self._charge(connection, connection.execute(sa.select(storage_meters).where(mine)).all())
 
     def _charge(self, connection: sa.Connection, found: Sequence[sa.Row[Any]]) -> int:

@@ -182,6 +182,17 @@ async def test_a_deletion_that_is_told_late_is_charged_by_its_own_time(storage: 
     assert await still_open(storage) == 0
 
 
+async def test_a_deletion_that_a_tick_was_faster_than_ends_where_it_is_paid(storage: Storage, clock: FakeClock) -> None:
+    service = meters(storage, clock)
+    await service.open(life())
+    clock.advance(61.0)
+    await service.tick()
+    await service.close("cache-1", T0 + 59)
+    assert await charged(storage) == [(2 * 10**9, 61)]
+    kept = sa.select(storage_meters.c.ends_at, storage_meters.c.charged_until, storage_meters.c.is_closed)
+    assert await storage.run(lambda connection: tuple(connection.execute(kept).one())) == (T0 + 61, T0 + 61, True)
+
+
 async def test_an_extended_object_pays_on(storage: Storage, clock: FakeClock) -> None:
     service = meters(storage, clock)
     await service.open(life())
