@@ -197,6 +197,11 @@ class Storage:
         return connection
 
 
+def count(connection: sa.Connection, table: sa.Table, which: sa.ColumnElement[bool]) -> int:
+    """How many rows of a table."""
+    return int(connection.execute(sa.select(sa.func.count()).select_from(table).where(which)).scalar_one())
+
+
 def _make_private(path: Path) -> None:
     """Make the directory 0700 and the file 0600 before SQLite does; its -wal and -shm files take the file's mode."""
     try:

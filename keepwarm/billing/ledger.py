@@ -25,7 +25,7 @@ from keepwarm.billing.budget import Budget, BudgetState, Excess, period_start
 from keepwarm.billing.row import Payer, Row, RowKind
 from keepwarm.core.clock import Clock, Ids
 from keepwarm.core.errors import ApiError, ErrorKind
-from keepwarm.storage import Storage
+from keepwarm.storage import Storage, count
 from keepwarm.tables import budgets, ledger_rows, repeats, spending
 
 T = TypeVar("T")
@@ -308,8 +308,7 @@ def _set_budget(clock: Clock, budget: Budget, connection: sa.Connection) -> None
     now = clock.now()
     key = {"scope": budget.scope.text, "currency": budget.currency, "period": budget.period.value}
     _remove_budget(budget, connection)
-    of_org = budgets.c.organisation == budget.scope.organisation
-    n = connection.execute(sa.select(sa.func.count()).select_from(budgets).where(of_org)).scalar_one()
+    n = count(connection, budgets, budgets.c.organisation == budget.scope.organisation)
     if n >= BUDGETS_MAX:
         message = f"organisation {budget.scope.organisation!r} has {n:,} of at most {BUDGETS_MAX:,} budgets"
         raise ApiError(ErrorKind.INVALID_REQUEST, message)

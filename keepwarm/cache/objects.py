@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from keepwarm.core.cache_object import NS_PER_S, CacheObject, Cause, ObjectStatus, Page, Tag, Walk, next_status
 from keepwarm.core.errors import ApiError, ErrorKind
 from keepwarm.core.request import Message, ObjectDialect, Tool, ToolChoice
-from keepwarm.storage import Storage
+from keepwarm.storage import Storage, count
 from keepwarm.tables import cache_objects, cache_tags
 
 Pairs = tuple[tuple[str, str], ...]
@@ -322,8 +322,7 @@ class Objects:
         """Raises ApiError(QUOTA_EXCEEDED)."""
         old = _tag(connection, tag.tenant, tag.tag)
         if old is None:
-            count = sa.select(sa.func.count()).select_from(cache_tags).where(cache_tags.c.tenant == tag.tenant)
-            n_tags = connection.execute(count).scalar_one()
+            n_tags = count(connection, cache_tags, cache_tags.c.tenant == tag.tenant)
             if n_tags >= self._tags_max:
                 message = f"you have {n_tags:,} tags, limit {self._tags_max:,}; delete one first"
                 raise ApiError(ErrorKind.QUOTA_EXCEEDED, message)
@@ -336,8 +335,7 @@ class Objects:
     def _forget(self, connection: sa.Connection, tenant: str, now: float) -> None:
         """Delete what is over, the longest first, until there are no more than may be kept."""
         columns = cache_objects.c
-        count = sa.select(sa.func.count()).select_from(cache_objects).where(columns.tenant == tenant)
-        n_more = connection.execute(count).scalar_one() - self._kept_max
+        n_more = count(connection, cache_objects, columns.tenant == tenant) - self._kept_max
         if n_more <= 0:
             return
         is_over = sa.and_(columns.tenant == tenant, columns.status.not_in(LIVE), columns.expires_at <= now)

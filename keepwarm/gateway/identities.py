@@ -33,7 +33,7 @@ from keepwarm.core.identity import (
 from keepwarm.core.principal import Principal, Role
 from keepwarm.core.rate_limit import LimitOverrides, OrgLimits, parse_overrides, resolved_limits
 from keepwarm.gateway.auth import digest
-from keepwarm.storage import Storage
+from keepwarm.storage import Storage, count
 from keepwarm.tables import api_keys, organisations, projects
 
 KEY_PREFIX = "sk-kw-"
@@ -287,7 +287,7 @@ def _check_room(
     connection: sa.Connection, table: sa.Table, which: sa.ColumnElement[bool], n_max: int, what: str
 ) -> None:  # fmt: skip
     """Raises ApiError(INVALID_REQUEST) where an organisation has as many as it may have."""
-    n = connection.execute(sa.select(sa.func.count()).select_from(table).where(which)).scalar_one()
+    n = count(connection, table, which)
     if n >= n_max:
         raise ApiError(ErrorKind.INVALID_REQUEST, f"the organisation has {n:,} of at most {n_max:,} {what}")
 
